@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from mthp import ptes
 from mthp.geometry import Geometry
 from mthp.ptes import Pte, PteColumns, Segment
+from mthp.units import format_size
 
 MAX_FOLIO_ORDER = 20
 """The largest folio order to count: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
@@ -84,6 +85,16 @@ class Coverage:
         pages = np.array([part.pages for part in parts], np.int64).reshape(-1, ORDERS).sum(axis=0)
         out_of_reach = sum(part.out_of_reach for part in parts)
         return cls(tuple(pages.tolist()), sum(part.unknown for part in parts), out_of_reach)
+
+
+def out_of_reach_remark(size: int, geometry: Geometry) -> str:
+    """Return as a sentence that no kernel collapses `size` bytes (:attr:`Coverage.out_of_reach`); ``""`` if 0."""
+    if not size:
+        return ""
+    return (
+        f"out of reach: {format_size(size)} lie in no whole {geometry.label(geometry.pmd_order)} range of their"
+        " mapping. No kernel collapses them; mthp collapse --small --mechanism move does, by injected code"
+    )
 
 
 @dataclass(frozen=True, slots=True)

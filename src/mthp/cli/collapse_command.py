@@ -24,7 +24,7 @@ from mthp.cli.options import (
     small_option,
 )
 from mthp.cli.render.collapse import print_report, reason_of
-from mthp.cli.render.output import console, milliseconds, print_json, progress_bar, say
+from mthp.cli.render.output import console, milliseconds, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import Wish, exit_code, stopping_on_signals
@@ -34,7 +34,7 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.means import PAUSE_SHARE, Means, Mechanism, window_ns
-from mthp.metrics import Coverage
+from mthp.metrics import Coverage, out_of_reach_remark
 from mthp.targets import Found, find_targets, refuse_ancestor
 from mthp.units import format_size, percent
 
@@ -72,7 +72,9 @@ class Collapsed:
 class CollapseSum:
     """The sums of several collapses."""
 
-    JSON: ClassVar = "collapsed_bytes moved_bytes copied_bytes bloat_bytes=filled_bytes coverage_before coverage"
+    JSON: ClassVar = (
+        "collapsed_bytes moved_bytes copied_bytes bloat_bytes=filled_bytes coverage_before coverage out_of_reach_bytes"
+    )
 
     reports: tuple[CollapseReport, ...]
 
@@ -95,6 +97,11 @@ class CollapseSum:
     def filled_bytes(self) -> int:
         """Return the bytes that the targets grew by."""
         return sum(report.filled_bytes for report in self.reports)
+
+    @property
+    def out_of_reach_bytes(self) -> int:
+        """Return the bytes that lie in no whole PMD range of their mapping."""
+        return sum(report.before.out_of_reach_bytes(report.geometry) for report in self.reports)
 
     @property
     def coverage_before(self) -> float:
@@ -231,12 +238,15 @@ def command(
                 print_report(console(), made.report, min_coverage, made.wanted.move_refusals)
             return exit_code(stop.number) if made.report.interrupted and stop() else code
         each = do_each(named, work, changes=True, stop=stop)
+    total = CollapseSum(tuple(made.report for made in each.done))
     if as_json:
-        print_json("collapse", Collapses(each.all, CollapseSum(tuple(made.report for made in each.done))))
+        print_json("collapse", Collapses(each.all, total))
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
-        console().print(targets_table(each))
+        console().print(targets_table(each, total))
+        # All targets are processes of this machine.
+        note(console(), [out_of_reach_remark(total.out_of_reach_bytes, made.geometry) for made in each.done[:1]])
     return exit_code(stop.number) if stop() else each.code
 
 
@@ -266,9 +276,8 @@ def _collapse_one(
     return Collapsed(report, Wanted(refusals, min_coverage, covered))
 
 
-def targets_table(each: Each[Collapsed]) -> Table:
+def targets_table(each: Each[Collapsed], total: CollapseSum) -> Table:
     """Return a table with a line for each target, and their sum."""
-    total = CollapseSum(tuple(made.report for made in each.done))
     columns = ["target", "collapsed", "copied", "bloat", "before", "after", "service", "reason"]
     rows = each.lines(
         lambda found, made: [

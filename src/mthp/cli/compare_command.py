@@ -13,6 +13,7 @@ from mthp.cli.options import at_option, heat_option, json_option, target_argumen
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
+from mthp.metrics import out_of_reach_remark
 from mthp.targets import open_target, pid_of
 from mthp.units import format_size, percent
 
@@ -80,7 +81,8 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
         print_json("compare", result)
         return
     _print(result)
-    note(console(), result.missing)
+    reach = out_of_reach_remark(result.out_of_reach_bytes, result.geometry)
+    note(console(), [reach, *result.missing])
 
 
 def _accesses(target: str) -> Any:

@@ -10,12 +10,12 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.render.output import console, note, out_of_reach, print_json, progress_bar, say
+from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
-from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED
+from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED, out_of_reach_remark
 from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
 
@@ -83,6 +83,8 @@ def command(
         print_census(console(), each.done[0], show_all=show_all)
     else:
         console().print(targets_table(each, censuses))
+        geometry = censuses.geometry
+        note(console(), [out_of_reach_remark(censuses.anonymous.out_of_reach_bytes(geometry), geometry)])
     return each.code
 
 
@@ -132,8 +134,8 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
         # NUMA nodes were not requested, or cannot be read.
         rows, columns = [[*row[:-2], row[-1]] for row in rows], [*columns[:-2], columns[-1]]
     out.print(Table(title, columns, rows, right={2, 3, 4}, names={len(columns) - 1}))
-    reach = out_of_reach(census.anonymous.coverage, geometry)
-    note(out, [*filter(None, [reach]), *census.missing])
+    reach = out_of_reach_remark(census.anonymous.out_of_reach_bytes(geometry), geometry)
+    note(out, [reach, *census.missing])
 
 
 def sizes_table(census: Census) -> Table:

@@ -11,7 +11,7 @@ from rich.console import Console
 from mthp.abilities import move_refusals
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
-from mthp.cli.render.output import console, note, out_of_reach, print_json, progress_bar
+from mthp.cli.render.output import console, note, print_json, progress_bar
 from mthp.cli.render.plan import print_allowed, print_plan, reach_table, reached_share
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
@@ -24,7 +24,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice
 from mthp.geometry import Geometry
 from mthp.means import SMALL_MEANS, USUAL_MEANS, Means
-from mthp.metrics import Coverage
+from mthp.metrics import Coverage, out_of_reach_remark
 from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
 
@@ -86,6 +86,7 @@ class PlanSum:
 
     JSON: ClassVar = (
         "planned_bytes resident_bytes copied_bytes bloat_bytes=filled_bytes coverage coverage_after already_bytes"
+        " out_of_reach_bytes"
     )
 
     plans: tuple[SpacePlan, ...]
@@ -114,6 +115,11 @@ class PlanSum:
     def already_bytes(self) -> int:
         """Return the bytes that already lie in folios of the requested sizes."""
         return sum(plan.already_bytes for plan in self.plans)
+
+    @property
+    def out_of_reach_bytes(self) -> int:
+        """Return the bytes that lie in no whole PMD range of their mapping."""
+        return sum(plan.before.out_of_reach_bytes(plan.geometry) for plan in self.plans)
 
     @property
     def coverage(self) -> float:
@@ -185,13 +191,14 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
         return 0
     each = do_each(named, work)
     # Sums of pages of different sizes would mean nothing.
-    common_geometry(each.done)
+    geometry, total = common_geometry(each.done), PlanSum(tuple(made.plan for made in each.done))
     if as_json:
-        print_json("plan", Plans(each.all, PlanSum(tuple(made.plan for made in each.done))))
+        print_json("plan", Plans(each.all, total))
     elif len(each.results) == len(each.done) == 1:
         _print_one(console(), each.done[0])
     else:
-        console().print(targets_table(each))
+        console().print(targets_table(each, total))
+        note(console(), [out_of_reach_remark(total.out_of_reach_bytes, geometry)])
     return each.code
 
 
@@ -212,14 +219,13 @@ def _print_one(out: Console, made: Planned) -> None:
     price = made.now.split_price.remark(made.plan.geometry)
     if made.now.rss_after_bytes is not None:
         price += f"; then {format_size(made.now.rss_after_bytes)} of the process are resident, at most"
-    reach = out_of_reach(made.plan.before, made.plan.geometry)
+    reach = out_of_reach_remark(made.plan.before.out_of_reach_bytes(made.plan.geometry), made.plan.geometry)
     remarks = [price, made.now.remade.remark, heat, reach]
-    note(out, [*filter(None, remarks), *refused, *made.now.missing])
+    note(out, [*remarks, *refused, *made.now.missing])
 
 
-def targets_table(each: Each[Planned]) -> Table:
+def targets_table(each: Each[Planned], total: PlanSum) -> Table:
     """Return a table with a line for each target, and their sum."""
-    total = PlanSum(tuple(made.plan for made in each.done))
     columns = ["target", "resident", "copied", "bloat", "before", "after", "service", "reason"]
     ways: list[str] = []
     if any(made.now.reach is not None for made in each.done):

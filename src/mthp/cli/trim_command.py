@@ -14,6 +14,7 @@ from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
+from mthp.metrics import out_of_reach_remark
 from mthp.targets import Found, find_targets
 from mthp.trimming import TrimBy
 from mthp.units import format_size, percent
@@ -23,7 +24,7 @@ from mthp.units import format_size, percent
 class TrimSum:
     """The sums of several trims."""
 
-    JSON: ClassVar = "zero_bytes trimmed given_back_bytes"
+    JSON: ClassVar = "zero_bytes trimmed given_back_bytes out_of_reach_bytes"
 
     reports: tuple[TrimReport, ...]
 
@@ -41,6 +42,18 @@ class TrimSum:
     def given_back_bytes(self) -> int:
         """Return the bytes that left the resident memory."""
         return sum(report.given_back_bytes for report in self.reports)
+
+    @property
+    def out_of_reach_bytes(self) -> int:
+        """Return the bytes that lie in no whole PMD range of their mapping."""
+        return sum(report.plan.out_of_reach_bytes for report in self.reports)
+
+    @property
+    def remark(self) -> str:
+        """Return a sentence on these bytes; ``""`` if there are none."""
+        # Targets are processes of this machine.
+        plans = [report.plan for report in self.reports]
+        return out_of_reach_remark(self.out_of_reach_bytes, plans[0].geometry) if plans else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +112,19 @@ def command(
                 print_report(console(), report, options)
             return exit_code(stop.number) if report.interrupted and stop() else code
         each = do_each(named, work, stop=stop)
+    total = TrimSum(tuple(each.done))
     if as_json:
-        print_json("trim", Trims(each.all, TrimSum(tuple(each.done))))
+        print_json("trim", Trims(each.all, total))
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0], options)
     else:
-        console().print(targets_table(each))
+        console().print(targets_table(each, total))
+        note(console(), [total.remark])
     return exit_code(stop.number) if stop() else each.code
 
 
-def targets_table(each: Each[TrimReport]) -> Table:
+def targets_table(each: Each[TrimReport], total: TrimSum) -> Table:
     """Return a table with a line for each target, and their sum."""
-    total = TrimSum(tuple(each.done))
     columns = ["target", "in zeroes", "given back", "service", "reason"]
     rows = each.lines(
         lambda found, report: [
@@ -134,8 +148,9 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     out.print(Table(title, ["size", "folios"], rows, right={1}))
     how = f" (--by {plan.by})" if plan.by else ""
     say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes can be given back{how}")
+    remarks = [report.remade.remark, TrimSum((report,)).remark]
     if report.dry_run:
-        note(out, [*filter(None, [report.remade.remark]), "dry run: nothing was changed"])
+        note(out, [*remarks, "dry run: nothing was changed"])
         return
     if report.left_by_order:
         left = [[geometry.label(order), str(count)] for order, count in sorted(report.left_by_order.items())]
@@ -145,7 +160,6 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
         out.print(Table("Folios left as they are", ["result", "folios", "reason"], failed, right={1}))
     before, after = format_size(report.rss_before_bytes), format_size(report.rss_after_bytes)
     say(out, f"gave back {format_size(report.given_back_bytes)}: {before} of memory before, {after} now")
-    remarks = [report.remade.remark] if report.remade.remark else []
     if report.not_tried:
         remarks.append(f"{report.not_tried} folios were not tried: the run ended early")
     if report.vanished:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -14,6 +15,8 @@ from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.verify import Checked, Expectation, Verification, verify_space
 from mthp.errors import MthpError, UsageError
+from mthp.geometry import Geometry
+from mthp.metrics import out_of_reach_remark
 from mthp.targets import Found, Targets, find_targets
 from mthp.text import clean
 from mthp.units import format_size, percent
@@ -77,7 +80,7 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
     else:
         out = console()
         out.print(checks_table(each))
-        note(out, sorted({line for done in each.done for line in done.missing}))
+        note(out, [*_out_of_reach(each.done), *sorted({line for done in each.done for line in done.missing})])
     return each.code
 
 
@@ -96,6 +99,14 @@ def _verified(
         assert isinstance(failed, Failed)
         raise failed.error
     return named, each
+
+
+def _out_of_reach(done: Sequence[Verification]) -> list[str]:
+    """Return a sentence for each geometry on the memory that no kernel collapses."""
+    sums = Counter[Geometry]()
+    for each in done:
+        sums[each.geometry] += each.out_of_reach_bytes
+    return [out_of_reach_remark(size, geometry) for geometry, size in sums.items()]
 
 
 def checks_table(each: Each[Verification]) -> Table:

@@ -156,15 +156,18 @@ class DaemonCollector(Collector):
                 name, meaning, labels, {(one.rule, one.service): getattr(one, attribute) for one in services}
             )
         nothing = dict.fromkeys(((one.rule, one.service) for one in services), 0)
-        count, resident, huge = Counter(nothing), Counter(nothing), Counter(nothing)
+        count, resident, huge, outside = (Counter(nothing) for _ in range(4))
         for target in self._targets:
             key = target.service.rule, target.service.service
             count[key] += 1
             resident[key] += target.resident
             huge[key] += target.huge
+            outside[key] += target.out_of_reach_bytes
         yield _gauges("mthp_service_targets", "Processes worked on.", labels, count)
         yield _gauges("mthp_service_resident_bytes", "Their resident memory, as last seen.", labels, resident)
         yield _gauges("mthp_service_huge_bytes", "Of that, mapped by PMD entries.", labels, huge)
+        meaning = "Of that, in no whole PMD range of its mapping."
+        yield _gauges("mthp_service_out_of_reach_bytes", meaning, labels, outside)
 
     def _rules(self) -> Iterator[Metric]:
         """Yield the work and the memory of each rule, by folio size."""

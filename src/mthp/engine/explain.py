@@ -20,7 +20,7 @@ from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.metrics import anonymous_pages, resident_pages
+from mthp.metrics import anonymous_pages, out_of_reach_remark, resident_pages
 from mthp.ptes import Pte, PteColumns, Segment
 from mthp.results import ScanResult
 from mthp.units import format_size
@@ -117,16 +117,18 @@ class Explanation:
         memory: the kind and state of the memory, in sentences.
         prospects: what each policy would make of it.
         refusals: what stops each maker.
+        out_of_reach_bytes: resident part of the memory in no whole PMD range of its mapping.
         missing: what could not be read, and what would make it readable.
     """
 
-    JSON: ClassVar = "target=label memory prospects refusals missing"
+    JSON: ClassVar = "target=label memory prospects refusals out_of_reach_bytes missing"
 
     label: str
     geometry: Geometry
     memory: tuple[str, ...]
     prospects: tuple[Prospect, ...]
     refusals: tuple[MakerRefusal, ...]
+    out_of_reach_bytes: int
     missing: tuple[str, ...]
 
     @property
@@ -157,12 +159,17 @@ def explain_space(space: AddressSpace, address: int | None = None) -> Explanatio
     columns = space.read([] if vma.kind is VmaKind.SPECIAL else [part])
     whole = part == (start, start + size)
     plans = _plans(space, vma, (start, start + size)) if whole else []
+    memory = [*_what_it_is(space, vma, address, part, columns)]
+    outside = 0 if whole else int(anonymous_pages(columns).sum()) * space.geometry.page_size
+    if outside:
+        memory.append(out_of_reach_remark(outside, space.geometry))
     return Explanation(
         space.label,
         space.geometry,
-        tuple(_what_it_is(space, vma, address, part, columns)),
+        tuple(memory),
         tuple(_prospect(plan, space.geometry) for plan in plans),
         tuple(dict.fromkeys(_refusals(space, vma, (start, start + size), whole))),
+        outside,
         space.missing,
     )
 
@@ -263,6 +270,8 @@ def _explained_process(space: AddressSpace) -> Explanation:
         f"{space.label} has {format_size(before.resident * geometry.page_size)} of anonymous memory,"
         f" {100 * before.share(pmd):.1f}% of it mapped as {geometry.label(pmd)}"
     ]
+    if outside := before.out_of_reach_bytes(geometry):
+        memory.append(out_of_reach_remark(outside, geometry))
     if space.thp_disabled:
         memory.append("it has switched THP off for itself (PR_SET_THP_DISABLE)")
     found = [
@@ -276,7 +285,7 @@ def _explained_process(space: AddressSpace) -> Explanation:
     if largest is not None:
         memory.append(f"most of the memory that is left alone lies at {largest:#x}: explain that address for details")
     prospects = tuple(_prospect(plan, geometry) for plan in plans)
-    return Explanation(space.label, geometry, tuple(memory), prospects, tuple(found), space.missing)
+    return Explanation(space.label, geometry, tuple(memory), prospects, tuple(found), outside, space.missing)
 
 
 def _largest(plan: SpacePlan) -> int | None:

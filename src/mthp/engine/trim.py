@@ -23,6 +23,7 @@ from mthp.engine.lasting import Remade, remade
 from mthp.engine.select import BLOCK_PMD_RANGES
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.measuring import out_of_reach_bytes
 from mthp.metrics import Durations, anonymous_pages, page_numbers
 from mthp.pacing import ByteBudget
 from mthp.ptes import Block, PteColumns, Segment, in_range_blocks
@@ -80,10 +81,11 @@ class TrimPlan:
         zero: for each the pages that contain only zeroes: bool, shape (2**order,).
         gains: for each the number of these pages that would be given back.
         scanned_folios: number of large folios scanned.
+        out_of_reach_bytes: resident memory of the target in no whole PMD range of its mapping.
         interrupted: the caller stopped it before all folios were scanned.
     """
 
-    JSON: ClassVar = "target=label by folios_by_order scanned_folios zero_bytes"
+    JSON: ClassVar = "target=label by folios_by_order scanned_folios zero_bytes out_of_reach_bytes"
 
     label: str
     geometry: Geometry
@@ -92,6 +94,7 @@ class TrimPlan:
     zero: list[NDArray[np.bool_]]
     gains: list[int]
     scanned_folios: int
+    out_of_reach_bytes: int = 0
     interrupted: bool = False
 
     @property
@@ -231,6 +234,7 @@ def plan_trim(
         zero=[zero for _, _, zero in found],
         gains=[gain for gain, _, _ in found],
         scanned_folios=scanned,
+        out_of_reach_bytes=out_of_reach_bytes(space),
         interrupted=interrupted,
     )
 

@@ -24,7 +24,7 @@ from mthp.engine.census import Census, PageCounts, Progress, VmaCensus, take_cen
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.tabular import Tabular
-from mthp.units import parse_share
+from mthp.units import format_size, parse_share
 
 Verdict = Literal["passed", "failed", "unknown"]
 
@@ -104,15 +104,17 @@ class Verification(Tabular):
         label: name of the target.
         geometry: geometry of its machine.
         checks: the result of each expectation.
+        out_of_reach_bytes: anonymous memory of the target in no whole PMD range of its mapping.
         missing: what could not be read, and what would make it readable.
     """
 
     ROWS: ClassVar = "checks"
-    JSON: ClassVar = "target=label geometry passed checks missing"
+    JSON: ClassVar = "target=label geometry passed checks out_of_reach_bytes missing"
 
     label: str
     geometry: Geometry
     checks: tuple[Checked, ...]
+    out_of_reach_bytes: int
     missing: tuple[str, ...]
 
     @property
@@ -138,7 +140,8 @@ def verify_space(
     orders = [space.geometry.parse_order(each.size) for each in expectations]
     census = take_census(space, progress)
     checks = tuple(_checked(census, each, order) for each, order in zip(expectations, orders, strict=True))
-    return Verification(space.label, space.geometry, checks, space.missing)
+    reach = census.anonymous.out_of_reach_bytes(space.geometry)
+    return Verification(space.label, space.geometry, checks, reach, space.missing)
 
 
 def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
@@ -158,6 +161,9 @@ def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
         verdict, reason = "unknown", next(iter(census.missing), "the sizes of its folios are not visible")
     else:
         reason = f"{100 * share:.1f}% is less than {100 * expectation.least:g}%"
+        if coverage.out_of_reach:
+            size = format_size(coverage.out_of_reach_bytes(geometry))
+            reason += f"; {size} of it lie in no whole {geometry.label(geometry.pmd_order)} range of their mapping"
     return Checked(
         expectation.text,
         expectation.mapping,

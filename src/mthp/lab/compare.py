@@ -25,6 +25,7 @@ from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, ord
 from mthp.lab.heated import accesses_of
 from mthp.lab.replay import Accesses, misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
+from mthp.measuring import out_of_reach_bytes
 from mthp.sim.clock import Costs
 from mthp.tabular import Tabular
 from mthp.units import format_size, percent
@@ -45,6 +46,7 @@ class Comparison(Tabular):
         costs: costs of khugepaged's work.
         misses_before, misses: TLB counts of the target's trace, now and after the last scan under each setting; None
             and empty without a trace.
+        out_of_reach_bytes: memory in no whole PMD range of its mapping, with which no policy does anything.
         missing: what could not be read, and what would make it readable.
         heat: which memory the target uses, if known.
     """
@@ -52,7 +54,7 @@ class Comparison(Tabular):
     ROWS: ClassVar = "rows"
     JSON: ClassVar = (
         "target=label geometry covered_order=covered processor settings=names frontier=on_frontier verdict metrics rows"
-        " missing heat"
+        " out_of_reach_bytes missing heat"
     )
 
     label: str
@@ -63,6 +65,7 @@ class Comparison(Tabular):
     costs: Costs
     misses_before: TlbCounts | None = None
     misses: tuple[TlbCounts, ...] = ()
+    out_of_reach_bytes: int = 0
     missing: tuple[str, ...] = ()
     heat: Heat | None = None
 
@@ -279,6 +282,7 @@ def compare(
         costs=costs or Costs(),
         misses_before=before,
         misses=tuple(after),
+        out_of_reach_bytes=out_of_reach_bytes(space),
         missing=space.missing,
         heat=heat,
     )

@@ -45,6 +45,7 @@ class Metric:
 
 _ALL = (
     Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, filled holes included"),
+    Metric("out_of_reach_bytes", "bytes", "resident memory in no whole PMD range of its mapping, which is not in it"),
     Metric("huge_coverage", "share", "part of the resident memory that PMD entries map", "more"),
     Metric("hot_coverage", "share", "part of the observed accesses that go to memory that PMD entries map", "more"),
     Metric("large_coverage", "share", "part of the resident memory in folios of order 1 or larger", "more"),

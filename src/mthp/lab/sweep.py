@@ -28,6 +28,7 @@ from mthp.lab.heated import accesses_of
 from mthp.lab.parts import Parts
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor
+from mthp.measuring import out_of_reach_bytes
 from mthp.snapshot import Recording
 from mthp.snapshot.load import load
 from mthp.snapshot.stream import is_recording
@@ -209,7 +210,7 @@ def _rows(task: Task) -> Iterator[Row]:
     for step, at, space in _spaces(task):
         with space:
             label, service, heat = space.label, abilities.service(space), abilities.heat_of(space)
-            outcomes = evaluate(space, settings, scans=grid.scans, heat=heat)
+            reach, outcomes = out_of_reach_bytes(space), evaluate(space, settings, scans=grid.scans, heat=heat)
             walks = None
             if grid.processor is not None and heat is not None and heat.spans:
                 walks = misses(space, settings, accesses_of(space, heat), Processor.named(grid.processor), grid.scans)
@@ -221,6 +222,7 @@ def _rows(task: Task) -> Iterator[Row]:
                 "step": step,
                 "seconds": at,
                 "setting": number,
+                "out_of_reach_bytes": reach,
             }
             last = len(outcome.scans) - 1
             for row in outcome.rows():

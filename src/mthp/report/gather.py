@@ -17,6 +17,7 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
+from mthp.metrics import out_of_reach_remark
 from mthp.report import compared, timeline
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table, figures
 from mthp.report.memorymap import MemoryMap, make_map
@@ -228,9 +229,10 @@ def _plan_section(plan: SpacePlan) -> Section:
         f" max_ptes_none {limits.max_ptes_none}, max_ptes_swap {limits.max_ptes_swap},"
         f" max_ptes_shared {limits.max_ptes_shared}."
     )
+    reach = out_of_reach_remark(plan.before.out_of_reach_bytes(geometry), geometry)
     return Section(
         "The plan",
-        lead,
+        f"{lead} {reach[:1].upper()}{reach[1:]}{'.' if reach else ''}".rstrip(),
         tables=(
             Table("Folios to be made", ("size", "folios", "bytes"), sizes),
             Table(f"PMD ranges of {_pmd(geometry)} by outcome", ("result", "ranges", "meaning"), results),

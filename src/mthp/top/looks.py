@@ -107,6 +107,7 @@ def third_look(row: Row, options: PlanOptions, stop: Stop = lambda: False) -> Ro
         # A collapse copies what it brings into larger folios.
         gain=plan.copied_bytes,
         bloat=plan.filled_bytes,
+        out_of_reach=pages.out_of_reach_bytes(geometry),
         folios=plan.folios_by_order,
         planned=True,
         trouble="",
@@ -139,6 +140,7 @@ def mappings(space: AddressSpace, options: PlanOptions, stop: Stop = lambda: Fal
                 by_order=_bytes_by_order(vma.pages, geometry),
                 gain=int(shares.copied[at]) * geometry.page_size,
                 bloat=int(shares.filled[at]) * geometry.page_size,
+                out_of_reach=vma.anonymous.out_of_reach_bytes(geometry),
                 folios=shares.folios(at),
                 planned=True,
                 trouble="" if vma.madvise else vma.madvise.reason,

@@ -29,6 +29,7 @@ class Row:
         gain: bytes that a collapse would bring into larger folios; an upper bound where `planned` is False, None if
             nothing is known.
         bloat: bytes that a collapse would add; None if not planned yet.
+        out_of_reach: bytes of `anonymous` in no whole PMD range of their mapping; None if not read yet.
         folios: number of folios that a collapse would make, by order.
         planned: whether gain, bloat and folios come from a plan.
         trouble: the reason for which the row cannot be read, or ``""``.
@@ -42,6 +43,7 @@ class Row:
     by_order: Mapping[int, int] | None = None
     gain: int | None = None
     bloat: int | None = None
+    out_of_reach: int | None = None
     folios: Mapping[int, int] = field(default_factory=dict)
     planned: bool = False
     trouble: str = ""

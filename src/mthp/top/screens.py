@@ -56,6 +56,8 @@ def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
         line(f"plan ({policy})", folios or "nothing to collapse")
         line("  would copy", format_size(row.gain or 0))
         line("  would add", f"{format_size(row.bloat or 0)} of bloat")
+    if row.out_of_reach:
+        line("out of reach", f"{format_size(row.out_of_reach)} in no whole {pmd} range: mthp collapse --small")
     return lines
 
 

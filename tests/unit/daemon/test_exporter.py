@@ -144,12 +144,14 @@ def test_work_is_counted_by_rule_and_service_also_after_the_process_has_ended() 
     stage.steps(20.0)
     key = "all", "unit:redis.service"
     counters = stage.target.counters
+    stage.target.out_of_reach_bytes = 7 * G.page_size
     found = samples(stage, stage.target)
     assert found["mthp_service_collapsed_bytes_total", *key] == 3 * G.pmd_size
     assert found["mthp_service_bloat_bytes_total", *key] == counters.bloat_bytes > 0
     assert found["mthp_service_targets", *key] == 1
     assert found["mthp_service_resident_bytes", *key] == 50000 * G.page_size
     assert found["mthp_service_huge_bytes", *key] == stage.target.huge > 0
+    assert found["mthp_service_out_of_reach_bytes", *key] == 7 * G.page_size
     after = samples(stage)
     assert after["mthp_service_collapsed_bytes_total", *key] == 3 * G.pmd_size
     assert after["mthp_service_targets", *key] == after["mthp_service_resident_bytes", *key] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,24 @@ from mthp.eligibility import eligibility
 from mthp.engine.allowed import allowed_of
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
+from mthp.engine.explain import explain_space
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
+from mthp.engine.verify import Expectation, verify_space
 from mthp.engine.visit import Visit
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, geometry_named
+from mthp.lab.compare import compare, settings_of
+from mthp.lab.grid import Grid
+from mthp.lab.sweep import Task, measure
 from mthp.means import Means
 from mthp.measuring import out_of_reach_bytes
+from mthp.objects import to_object
 from mthp.ptes import Pte
+from mthp.report.gather import Source, report_on
+from mthp.snapshot import record
+from mthp.top.looks import mappings
+from mthp.top.screens import plan_text
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
@@ -108,6 +119,57 @@ def test_every_command_says_what_is_out_of_reach(capsys: pytest.CaptureFixture[s
     census = take_census(space)
     assert census.anonymous.out_of_reach_bytes(X86_64) == 285 * PAGE
     assert [vma.anonymous.coverage.out_of_reach for vma in census.vmas] == [256, 5, 24]
+
+
+OUTSIDE = 285 * PAGE
+TOLD = "1.1M lie in no whole 2M range of their mapping"
+
+
+def test_a_failed_expectation_and_its_result_say_it() -> None:
+    done = verify_space(heap(), [Expectation.parse("2M>=95%"), Expectation.parse("16K>=0%")])
+    assert done.out_of_reach_bytes == to_object(done)["out_of_reach_bytes"] == OUTSIDE
+    failed, passed = done.checks
+    assert failed.reason.endswith(f"; 1.1M of it {TOLD.removeprefix('1.1M ')}")
+    assert passed.verdict == "passed"
+
+
+def test_an_explanation_says_it_of_a_process_and_of_an_address() -> None:
+    process, small, whole = (explain_space(heap(), at) for at in (None, BASE, BASE + (8 << 20)))
+    assert (process.out_of_reach_bytes, small.out_of_reach_bytes, whole.out_of_reach_bytes) == (OUTSIDE, 256 * PAGE, 0)
+    assert any(TOLD in line for line in process.memory)
+    assert any("1M lie in no whole 2M range" in line for line in small.memory)
+    assert not any("no whole" in line for line in whole.sentences)
+
+
+def test_top_says_it_of_the_chosen_row() -> None:
+    rows = mappings(heap(), PlanOptions())
+    assert [row.out_of_reach for row in rows] == [256 * PAGE, 5 * PAGE, 24 * PAGE]
+    assert "1M in no whole 2M range: mthp collapse --small" in plan_text(rows[0], X86_64, "mainline").plain
+
+
+def test_a_report_says_it() -> None:
+    page = report_on(Source(heap(), "now"), PlanOptions(), [])
+    assert any(TOLD in section.lead for section in page.sections)
+
+
+def test_a_comparison_and_a_sweep_say_it(tmp_path: Path) -> None:
+    choice = settings_of(["mainline"])
+    assert to_object(compare(heap(), choice))["out_of_reach_bytes"] == OUTSIDE
+    path = tmp_path / "heap.parquet"
+    record(heap(), path)
+    done = measure(Task(str(path), "heap", Grid(policies=("mainline",))))
+    rows = pytest.importorskip("pyarrow").ipc.open_file(done.table).read_all().to_pylist()
+    assert {row["out_of_reach_bytes"] for row in rows} == {OUTSIDE}
+
+
+def test_commands_over_several_targets_add_it_up(tmp_path: Path) -> None:
+    from e2e.helpers import mthp
+
+    for name in ("one", "two"):
+        record(heap(), tmp_path / name)
+    for command in (["inspect"], ["plan"], ["verify", "--expect", "2M>=1%"]):
+        said = mthp(*command, tmp_path / "one", tmp_path / "two").stdout
+        assert "2.2M lie in no whole 2M range of their mapping" in " ".join(said.split())
 
 
 def test_what_is_out_of_reach_is_counted_alone_as_with_everything() -> None:

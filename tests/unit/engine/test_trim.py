@@ -10,6 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
+from mthp.cli.render.output import console
+from mthp.cli.trim_command import TrimSum, print_report
 from mthp.engine.trim import TrimOptions, TrimReport, plan_trim, trim_space
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import X86_64
@@ -181,3 +183,13 @@ def test_where_nothing_can_be_trimmed() -> None:
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         TrimOptions(**options)
+
+
+def test_what_is_out_of_reach_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    vma = Vma(BASE, BASE + 6 * PAGE, "rw-p", has_anon_vma=True)
+    space = Wasteful([(vma, *page_runs((5, Pte.PRESENT, 0), (1, 0, ORDER_NONE)))], empty=set())
+    report = trim_space(space, TrimOptions(), dry_run=True)
+    assert report.plan.out_of_reach_bytes == 5 * PAGE
+    assert TrimSum((report, report)).out_of_reach_bytes == 10 * PAGE
+    print_report(console(), report, TrimOptions())
+    assert "out of reach: 20K lie in no whole 2M range" in " ".join(capsys.readouterr().out.split())

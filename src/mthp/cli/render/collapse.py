@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mthp.cli.render.output import milliseconds, note, out_of_reach, say
+from mthp.cli.render.output import milliseconds, note, say
 from mthp.cli.render.plan import (
     left_table,
     print_allowed,
@@ -18,7 +18,7 @@ from mthp.cli.render.plan import (
 from mthp.cli.render.tables import Table
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.means import needs_move_reason
-from mthp.metrics import Durations
+from mthp.metrics import Durations, out_of_reach_remark
 from mthp.results import ScanResult
 from mthp.units import format_size, percent
 
@@ -37,8 +37,8 @@ def print_report(
             print_allowed(out, report.plan, report.allowed)
         price = report.split_price.remark(report.geometry)
         refused = [f"the mover would not begin: {reason}" for reason in refusals]
-        reach = out_of_reach(report.plan.before, report.plan.geometry)
-        note(out, [*filter(None, [price, reach]), *refused, "dry run: nothing was changed"])
+        reach = out_of_reach_remark(report.plan.before.out_of_reach_bytes(report.geometry), report.geometry)
+        note(out, [price, reach, *refused, "dry run: nothing was changed"])
         return
     if report.done_nothing or report.plan.finished:
         out.print(coverage_table(report))
@@ -189,7 +189,7 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     if report.remade.remark:
         remarks.append(report.remade.remark)
     remarks += _nothing_done(report)
-    if reach := out_of_reach(report.after, report.plan.geometry):
+    if reach := out_of_reach_remark(report.after.out_of_reach_bytes(report.geometry), report.geometry):
         remarks.append(reach)
     if wanted is not None and report.coverage < wanted:
         remarks.append(

@@ -16,11 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mthp.cli.render.tables import MIN_WIDTH, wrapped
-from mthp.geometry import Geometry
-from mthp.metrics import Coverage
 from mthp.objects import items, to_json
 from mthp.text import clean
-from mthp.units import format_size
 
 
 class ProgressBar(Protocol):
@@ -108,20 +105,9 @@ def milliseconds(seconds: float) -> str:
 
 
 def note(out: Console, lines: Sequence[str]) -> None:
-    """Print remarks below a result, each on a line of its own."""
-    for line in lines:
+    """Print remarks below a result, each on a line of its own; empty ones are left out."""
+    for line in filter(None, lines):
         _print_wrapped(out, f"note: {line}", "yellow")
-
-
-def out_of_reach(measured: Coverage, geometry: Geometry) -> str:
-    """Return as a sentence how much of the measured memory no kernel collapses; ``""`` if none."""
-    if not measured.out_of_reach:
-        return ""
-    return (
-        f"out of reach: {format_size(measured.out_of_reach_bytes(geometry))} lie in no whole"
-        f" {geometry.label(geometry.pmd_order)} range of their mapping. No kernel collapses them; mthp collapse --small"
-        " --mechanism move does, by injected code"
-    )
 
 
 def say(out: Console, line: str) -> None:
