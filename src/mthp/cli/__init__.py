@@ -2,8 +2,6 @@
 
 Errors go to standard error. With ``--json`` they are also the one object on standard output: its schema is the
 command's, and ``error`` holds ``message``, ``help`` and ``exit_code``.
-
-Only this module and click are imported for ``mthp --help``; a command's module is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -59,11 +57,13 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        # Only now, so that `mthp --help` imports no command.
         command = importlib.import_module(f"mthp.cli.{cmd_name}_command").command
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click would import every command for its help.
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The output cannot be written: its reader has closed the pipe, the disk is full, or the terminal is closed.
         # Redirect it, because Python would try to write the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A closed pipe needs no words: the reader, such as head(1), had enough.
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 _say(str(error), "")
@@ -140,6 +141,7 @@ def _run_until_signal(arguments: list[str]) -> int:
     try:
         with raising_on_signals():
             code = _run(arguments)
+            # A full disk shows here at the latest, where main() still reports it.
             sys.stdout.flush()
             return code
     except (KeyboardInterrupt, click.Abort) as error:
@@ -150,6 +152,7 @@ def _run_until_signal(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
+        # Without it click prints errors and exits itself. Commands that always succeed return None.
         code = _mthp.main(args=arguments, prog_name="mthp", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except MthpError as error:
@@ -168,6 +171,7 @@ def _say(message: str, help: str) -> None:
 
 def _failed(arguments: list[str], message: str, help: str, code: int) -> int:
     """Print an error as JSON if `arguments` have --json, and return its exit code."""
+    # As typed, because click may have refused the arguments before it parsed this one.
     if "--json" in arguments:
         command = next((word for word in arguments if word in COMMANDS), None)
         error = {"message": message, "help": help, "exit_code": code}

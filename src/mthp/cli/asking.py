@@ -38,6 +38,7 @@ def of_this_version() -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        # A UsageError is a ValueError, too, and says more by itself.
         if isinstance(error, MthpError):
             raise
         raise MthpError(
@@ -54,6 +55,7 @@ def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
     while answer["paused"] and answer["busy"] and time.monotonic() < deadline:
         time.sleep(0.02)
         status = ask_daemon("status", run_dir)
+        # The keys of the first answer, because they are printed with --json.
         answer = {"paused": status["paused"], "busy": status["busy"]}
     if as_json:
         print_json(word, answer)

@@ -64,7 +64,7 @@ class Collapsed:
 
     @property
     def geometry(self) -> Geometry:
-        """Return the machine's geometry."""
+        """The machine's geometry."""
         return self.report.geometry
 
 
@@ -80,40 +80,42 @@ class CollapseSum:
 
     @property
     def collapsed_bytes(self) -> int:
-        """Return the bytes that PMD entries map now and did not before."""
+        """The bytes that PMD entries map now and did not before."""
         return sum(report.collapsed_bytes for report in self.reports)
 
     @property
     def moved_bytes(self) -> int:
-        """Return the bytes in folios below the PMD size now, and not before."""
+        """The bytes in folios below the PMD size now, and not before."""
         return sum(report.moved_bytes for report in self.reports)
 
     @property
     def copied_bytes(self) -> int:
-        """Return the bytes of contents in all collapsed memory."""
+        """The bytes of contents in all collapsed memory."""
         return sum(report.copied_bytes for report in self.reports)
 
     @property
     def filled_bytes(self) -> int:
-        """Return the bytes that the targets grew by."""
+        """The bytes that the targets grew by."""
         return sum(report.filled_bytes for report in self.reports)
 
     @property
     def out_of_reach_bytes(self) -> int:
-        """Return the bytes that lie in no whole PMD range of their mapping."""
+        """The bytes that lie in no whole PMD range of their mapping."""
         return sum(report.before.out_of_reach_bytes(report.geometry) for report in self.reports)
 
     @property
     def coverage_before(self) -> float:
-        """Return the share of all targets' memory in folios of the requested sizes, before."""
+        """The share of all targets' memory in folios of the requested sizes, before."""
         return self._share([report.before for report in self.reports])
 
     @property
     def coverage(self) -> float:
-        """Return the same share afterwards."""
+        """The same share afterwards."""
+        # After a dry run there is nothing to measure.
         return self._share([report.plan.after if report.dry_run else report.after for report in self.reports])
 
     def _share(self, parts: list[Coverage]) -> float:
+        # All have the same options, and so the same smallest order.
         return Coverage.total(parts).share(self.reports[0].plan.asked_order) if parts else 0.0
 
 
@@ -230,17 +232,20 @@ def command(
             return made, 4 if report.vanished else 0 if report.complete and covered else 1
 
         if named.single:
+            # Before anything changes. do_each() leaves out those that a name found.
             refuse_ancestor(named.found[0].target)
             made, code = work(named.found[0])
             if as_json:
                 print_json("collapse", made.report, made.wanted)
             else:
                 print_report(console(), made.report, min_coverage, made.wanted.move_refusals)
+            # A signal after the last block changed nothing.
             return exit_code(stop.number) if made.report.interrupted and stop() else code
         each = do_each(named, work, changes=True, stop=stop)
     total = CollapseSum(tuple(made.report for made in each.done))
     if as_json:
         print_json("collapse", Collapses(each.all, total))
+    # A name that one process fits is shown as its PID would be.
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
@@ -271,6 +276,7 @@ def _collapse_one(
                 stop=stop,
                 before_move=partial(_announce, space, means),
             )
+        # A collapse reports the refusals of the blocks that it tried.
         refusals = abilities.move_refusals(space, means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
     return Collapsed(report, Wanted(refusals, min_coverage, covered))
@@ -300,6 +306,7 @@ def _cells(total: CollapseSum) -> list[str]:
 
 def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mechanism) -> None:
     """Warn on standard error, before it begins, of the effects of moving pages on a process that is not ours."""
+    # A label begins with the PID.
     if space.label.split()[0] == str(os.getpid()):
         return
     if mechanism == "khugepaged":

@@ -94,6 +94,7 @@ def _accesses(target: str) -> Any:
     from mthp.snapshot import Recording
 
     recording = Recording(target)
+    # A recording of a process has no trace.
     return recording.accesses if next(iter(recording.accesses()), None) is not None else None
 
 
@@ -102,6 +103,7 @@ def _print(result: Any) -> None:
     size = result.geometry.label(result.covered)
     frontier = dict(zip(result.names, result.frontier, strict=True))
     rows = result.rows
+    # All settings have the same number of scans.
     last = rows[-1]["scan"]
     say(
         out, f"{result.label}: {len(frontier)} settings, {format_size(rows[0]['resident_bytes'])} that may be collapsed"
@@ -119,6 +121,7 @@ def _print(result: Any) -> None:
         "frontier",
     ]
     before, shown = rows[0], [row for row in rows if row["scan"] == last]
+    # The state before is the same for all settings.
     cells = [_cells(before | {"setting": "now"}, "")]
     cells += [_cells(row, "yes" if frontier[row["setting"]] else "") for row in shown]
     title = "After one scan" if last == 1 else f"After {last} scans"
@@ -158,6 +161,7 @@ def _cells(row: dict[str, Any], on_frontier: str) -> list[str]:
 
 def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
+    # A policy that is named twice would have two rows of one name.
     return list(dict.fromkeys(words))
 
 
@@ -178,6 +182,7 @@ def _numbers(option: str, text: str | None) -> list[int | None]:
 def _scans(text: str) -> int | None:
     if text == "all":
         return None
+    # int() would also take blanks, underscores and digits of other scripts.
     if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
         raise UsageError(f"--scans {text!r} is neither a number from 1 to 1000 nor 'all'", help="use --scans all")
     return int(text)

@@ -46,6 +46,7 @@ def complete_pid(context: click.Context, parameter: click.Parameter, incomplete:
 
 def complete_policy(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Return the policies with names that begin with `incomplete`."""
+    # Imported here, because the shell waits for every completion.
     from mthp.engine.policy_lookup import policy_names
 
     return [CompletionItem(name) for name in policy_names() if name.startswith(incomplete)]

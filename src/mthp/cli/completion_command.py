@@ -44,8 +44,10 @@ def command(shell: str, install: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MthpError(f"{path.parent} cannot be created: {error.strerror}") from error
+    # The script of an older version may be there.
     write_whole(path, text.encode(), overwrite=True)
     click.echo(f"installed {path}")
+    # For root the script is in the `fpath` of every zsh.
     if shell == "zsh" and os.geteuid():
         click.echo(f"next: put this line into ~/.zshrc, before compinit: fpath=({path.parent} $fpath)")
 

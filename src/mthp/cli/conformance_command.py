@@ -83,6 +83,7 @@ def _replayed(case: dict[str, Any], policy: Policy | None) -> CaseReport:
 
 def _place_in(policy: Policy, error: Exception) -> str | None:
     """Return the line of the policy's own file in which `error` was raised; None if it was raised elsewhere."""
+    # The innermost frame: code of mthp that a policy calls may be at fault itself.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}" if frame.filename == inspect.getsourcefile(type(policy)) else None
 

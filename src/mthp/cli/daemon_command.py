@@ -96,6 +96,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
         return 0
     load = _loader(options)
     if options["print_unit"] or options["install_unit"]:
+        # Its errors are reported now, and not when the service starts.
         configuration = load()
         return _unit(configuration.events, configuration.metrics, install=options["install_unit"])
     if options["check_config"]:
@@ -114,7 +115,7 @@ def _say(line: str) -> None:
 
 
 def _loader(options: dict[str, Any]) -> Callable[[], Any]:
-    """Return a function that reads the configuration, afresh at each call."""
+    """Return a function that reads the configuration, afresh at each call: the daemon calls it at SIGHUP, too."""
     from mthp.daemon import config
     from mthp.linux.sysfs import ThpSysfs
 
@@ -167,6 +168,7 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
     ]
     if options["every_process"]:
         rules.append({"name": "--all", "match": {}})
+    # A target that is named twice is one rule.
     rules += [{"name": word, "match": _match(word)} for word in dict.fromkeys(options["targets"])]
     return configuration_of({"defaults": defaults, "rule": rules}, geometry, "options")
 
@@ -174,6 +176,7 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
 def _match(word: str) -> dict[str, Any]:
     """Return the ``match`` of a rules file that a target means; a bare word is a process's name."""
     if word.isascii() and word.isdecimal():
+        # Python does not convert numbers of thousands of digits.
         return {"pid": [int(word[:20])]}
     match = match_of(word) or match_of(f"comm:{word}")
     return {name: list(getattr(match, name)) for name in match.named} if match else {}
@@ -202,6 +205,7 @@ def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool
     """Print or install the unit that runs the daemon with the arguments of this call."""
     from mthp.daemon import systemd
 
+    # A service starts in / (systemd.exec(5), WorkingDirectory=).
     arguments = _absolute([word for word in _own_arguments() if word not in ("--print-unit", "--install-unit")])
     text = systemd.unit_text(arguments, events and events.absolute(), metrics, systemd=systemd.systemd_release())
     if not install:
@@ -215,6 +219,7 @@ def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool
 
 def _own_arguments() -> list[str]:
     """Return the arguments after the word ``daemon``."""
+    # As typed: the parsed options also hold every default.
     given: list[str] = click.get_current_context().find_root().meta.get("mthp.arguments", sys.argv[1:])
     return given[given.index("daemon") + 1 :]
 

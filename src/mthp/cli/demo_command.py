@@ -64,6 +64,7 @@ def _progress(*, hidden: bool) -> Iterator[Progress]:
 
             yield advance
     else:
+        # A log has a line for each step, and no line that is drawn again.
         begun: set[str] = set()
 
         def tell_once(what: str, done: int, total: int) -> None:
@@ -84,6 +85,7 @@ def print_story(out: Console, story: Story) -> None:
     rows = [
         [f"in folios of {size} and more", *(percent(one.coverage) for one in chapters)],
         ["anonymous memory", *(format_size(one.resident_bytes) for one in chapters)],
+        # The first chapter is the state before, without an operation.
         ["  more than before", "", *(_signed(one.added_bytes) for one in chapters[1:])],
         ["it took", "", *(f"{one.elapsed:.2f} s" for one in chapters[1:])],
         ["lookup meanwhile: p50", *(_waited(one, "p50") for one in chapters)],

@@ -51,6 +51,7 @@ def command(restore: bool, as_json: bool) -> int:
             print_json("doctor", Restoration(restored, removed))
         else:
             print_restored(console(), restored, removed)
+        # The reason why a leftover could not be removed.
         return 1 if any(each.reason for each in removed) else 0
     examination = examine()
     if as_json:

@@ -53,10 +53,12 @@ def command(
     With ADDRESS (in hex) it explains only the PMD range around it. Nothing is changed.
     """
     number = None if address is None else _number(address)
+    # Once, so that space and daemon are asked about the same process, which a name may not fit later.
     chosen = resolve(target)
     with open_target(chosen, at=at) as space:
         explanation = explain_space(space, number)
         seen = [] if watch is None else _watched(space, number, watch)
+    # The daemon works on processes only, not on files.
     pid = pid_of(chosen)
     history = History((*([] if pid is None else _daemon_says(pid, run_dir)), *seen))
     if as_json:
@@ -67,6 +69,7 @@ def command(
 
 def _number(text: str) -> int:
     try:
+        # With or without 0x. An address has 16 digits at most, and errors print no more than this.
         number = int(text[:40], 16)
     except ValueError:
         number = -1
@@ -108,6 +111,7 @@ def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
         status = ask_daemon("status", run_dir)
         with of_this_version():
             yield from _of_target(next((each for each in status["targets"] if each["pid"] == pid), None))
+    # Without the daemon the rest of the explanation still holds.
     except MthpError as error:
         yield f"no daemon answers: {error.message}"
 

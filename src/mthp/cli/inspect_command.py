@@ -79,6 +79,7 @@ def command(
     )
     if as_json:
         print_json("inspect", censuses)
+    # A name that one process fits is shown as its PID would be.
     elif len(each.results) == len(each.done) == 1:
         print_census(console(), each.done[0], show_all=show_all)
     else:
@@ -104,6 +105,7 @@ def targets_table(each: Each[Census], censuses: Censuses) -> Table:
     )
     rows.append(["in all", *_coverage_cells(censuses.total, censuses.anonymous, geometry), "", ""])
     title = f"{each.counted}; memory that several of them share counts for each"
+    # The reason of an error; most often there is none.
     if not any(row[-1] for row in rows):
         rows, columns = [row[:-1] for row in rows], columns[:-1]
     return Table(title, columns, rows, right={1, 2, 3, 4}, names={0, 5})
@@ -155,6 +157,7 @@ def sizes_table(census: Census) -> Table:
     ]
     if every.unknown:
         row = [_size(every.unknown, geometry), percent(every.unknown / every.resident), _size(anon.unknown, geometry)]
+        # The last element counts folios of unknown order.
         rows.append(["not visible", *row, "", "", "", *([] if zeroes is None else [_size(int(zeroes[-1]), geometry)])])
     row = [_size(every.resident, geometry), "", _size(anon.resident, geometry)]
     rows.append(["in all", *row, "", "", "", *([] if zeroes is None else [_size(int(zeroes.sum()), geometry)])])

@@ -88,6 +88,7 @@ at_option = click.option(
 
 def plan_options(function: Command) -> Command:
     """Add the options for the contents of a plan; :func:`planned` gathers them."""
+    # Decorators apply from the bottom up, and --help lists the options in that order.
     for option in reversed(_PLAN_OPTIONS):
         function = option(function)
     return function
@@ -127,11 +128,13 @@ PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
 def planned(options: dict[str, Any]) -> PlanOptions:
     """Return the :class:`PlanOptions` among a command's `options`."""
+    # The others are the command's own.
     return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
 
 
 def bounds_options(function: Command) -> Command:
     """Add the options that limit the bloat and the cost of a collapse."""
+    # As in plan_options().
     for option in reversed(_BOUNDS_OPTIONS):
         function = option(function)
     return function

@@ -72,7 +72,7 @@ class Planned:
 
     @property
     def geometry(self) -> Geometry:
-        """Return the machine's geometry."""
+        """The machine's geometry."""
         return self.plan.geometry
 
 
@@ -93,45 +93,46 @@ class PlanSum:
 
     @property
     def planned_bytes(self) -> int:
-        """Return the bytes in the PMD ranges that were planned."""
+        """The bytes in the PMD ranges that were planned."""
         return sum(plan.planned_bytes for plan in self.plans)
 
     @property
     def resident_bytes(self) -> int:
-        """Return the bytes with contents in these ranges."""
+        """The bytes with contents in these ranges."""
         return sum(plan.resident_bytes for plan in self.plans)
 
     @property
     def copied_bytes(self) -> int:
-        """Return the bytes that would be copied."""
+        """The bytes that would be copied."""
         return sum(plan.copied_bytes for plan in self.plans)
 
     @property
     def filled_bytes(self) -> int:
-        """Return the bytes that resident memory would grow by."""
+        """The bytes that resident memory would grow by."""
         return sum(plan.filled_bytes for plan in self.plans)
 
     @property
     def already_bytes(self) -> int:
-        """Return the bytes that already lie in folios of the requested sizes."""
+        """The bytes that already lie in folios of the requested sizes."""
         return sum(plan.already_bytes for plan in self.plans)
 
     @property
     def out_of_reach_bytes(self) -> int:
-        """Return the bytes that lie in no whole PMD range of their mapping."""
+        """The bytes that lie in no whole PMD range of their mapping."""
         return sum(plan.before.out_of_reach_bytes(plan.geometry) for plan in self.plans)
 
     @property
     def coverage(self) -> float:
-        """Return the share of all targets' memory in folios of the requested sizes."""
+        """The share of all targets' memory in folios of the requested sizes."""
         return self._share([plan.before for plan in self.plans])
 
     @property
     def coverage_after(self) -> float:
-        """Return the same share after the plans are carried out."""
+        """The same share after the plans are carried out."""
         return self._share([plan.after for plan in self.plans])
 
     def _share(self, parts: list[Coverage]) -> float:
+        # All have the same options, and so the same smallest order.
         return Coverage.total(parts).share(self.plans[0].asked_order) if parts else 0.0
 
 
@@ -172,10 +173,12 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
         with found.open(at=at) as space, progress_bar(f"planning {found.label}", hidden=as_json) as progress:
             plan = plan_space(space, wanted, progress)
             smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
+            # Only folios below the PMD size need the mover.
             refusals = move_refusals(space, Means(mechanism="move")) if smaller else []
             means = SMALL_MEANS if plan.small else USUAL_MEANS
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             price = split_price_of(space, plan, means)
+            # This plans and evaluates all of the target again.
             resident = _resident_after(space, wanted) if price.ranges else None
             reach = reach_of(space, plan, means, progress) if reachable else None
             now = Now(plan.geometry, allowed, space.missing, refusals, price, resident, again, reach)
@@ -194,6 +197,7 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
     geometry, total = common_geometry(each.done), PlanSum(tuple(made.plan for made in each.done))
     if as_json:
         print_json("plan", Plans(each.all, total))
+    # A name that one process fits is shown as its PID would be.
     elif len(each.results) == len(each.done) == 1:
         _print_one(console(), each.done[0])
     else:

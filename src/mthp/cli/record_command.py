@@ -105,6 +105,7 @@ def _record(
     if heat is not None and not named.single:
         raise UsageError("--heat works with one target only", help="record each target separately")
     for found in named.found:
+        # Checked for all before the first recording begins.
         if pid_of(found.target) is None:
             raise UsageError(f"{found.label!r} is not a process", help="record takes a PID, self, or a name")
     err = Console(stderr=True)
@@ -149,6 +150,7 @@ class _Recorder:
         self._cpu, self._force, self._status, self._heat = cpu, force, status, heat
 
     def record(self, found: Found, path: Path, stop: Callable[[], bool], among: int = 1) -> Recorded:
+        # The bound holds for all recordings together.
         pace = Pace(every=self._every, duration=self._duration, cpu=None if self._cpu >= 1 else self._cpu / among)
 
         def told(steps: int, at: float, size: int) -> None:
@@ -178,6 +180,7 @@ class _Recorder:
                 help="several targets are recorded into a directory, a file for each",
             ) from error
         with ThreadPoolExecutor(max(1, len(named.found))) as pool:
+            # All begin before the first is awaited.
             started = {
                 found.target: pool.submit(self.record, found, self._path(found), stop, len(named.found))
                 for found in named.found
@@ -185,7 +188,9 @@ class _Recorder:
             return do_each(named, lambda found: (started[found.target].result(), 0))
 
     def _path(self, found: Found) -> Path:
+        # A process chooses its name, which may have slashes. The PID keeps file names apart.
         comm = re.sub(r"[^A-Za-z0-9._-]", "_", found.facts.comm) if found.facts else "process"
+        # The name decides the format, and mthp's own needs no package.
         suffix = "arrows" if importlib.util.find_spec("pyarrow") else "mthp"
         return self._output / f"{found.target}-{comm}.{suffix}"
 
@@ -208,17 +213,17 @@ class Recordings:
 
     @property
     def steps(self) -> int:
-        """Return the number of steps of all recordings."""
+        """The number of steps of all recordings."""
         return sum(each.steps for each in self._done)
 
     @property
     def bytes(self) -> int:
-        """Return the size of all files, in bytes."""
+        """The size of all files, in bytes."""
         return sum(each.bytes for each in self._done)
 
     @property
     def cpu_seconds(self) -> float:
-        """Return the processor time of all threads, in seconds."""
+        """The processor time of all threads, in seconds."""
         return sum(each.cpu_seconds for each in self._done)
 
 

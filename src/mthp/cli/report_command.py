@@ -86,14 +86,17 @@ def command(
     from mthp.report.simulation import report_on_simulation
     from mthp.report.swept import report_on_sweep
 
+    # What may fail without any work fails first.
     check_output(output, overwrite=force)
     pid = pid_of(file)
     if after is not None and pid_of(after) is not None:
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
     arguments = _arguments(pid) if with_arguments else ""
     load_template()
+    # Files are recognised by their contents, because their names may have any suffix.
     if pid is None and is_simulated(Path(file)):
         found = read(Path(file))
+        # Results have no plan to carry out, so the only command is that for the page.
         document = report_on_simulation(found.rows, found.about, _commands(file, None)[:1], version=__version__)
     elif pid is None and swept.is_sweep(Path(file)):
         rows = swept.read(Path(file))
@@ -134,6 +137,7 @@ def still(target: str, at: str | None, *, hidden: bool) -> Iterator[tuple[Addres
             yield space, _when(space)
         return
     with tempfile.TemporaryDirectory(prefix="mthp-report-") as directory:
+        # mthp's own format needs no package.
         path = Path(directory) / "now.mthp"
         with open_target(target, at=at) as live, progress_bar("recording", hidden=hidden) as progress:
             record(live, path, progress=progress)
@@ -178,6 +182,7 @@ def _arguments(pid: int | None) -> str:
     from mthp.linux.process import Process
 
     with Process(pid) as process:
+        # Each argument ends with a null byte (proc_pid_cmdline(5)).
         words = process.read("cmdline").rstrip(b"\0").split(b"\0")
     return shlex.join(word.decode(errors="replace") for word in words)
 

@@ -1,8 +1,4 @@
-"""Several targets of one command: each is worked on by itself, and its errors are a line of its own.
-
-A process that a name found may exit before its turn comes, or be the shell that mthp was started from. That is a line
-of the table, and not a failure of the command.
-"""
+"""Several targets of one command: each is worked on by itself, and its errors are a line of its own."""
 
 from __future__ import annotations
 
@@ -53,24 +49,25 @@ class Each(Generic[R]):
 
     @property
     def done(self) -> list[R]:
-        """Return the results of the targets without an error."""
+        """The results of the targets without an error."""
         return [result for _, result in self.results if not isinstance(result, Failed)]
 
     @property
     def counted(self) -> str:
-        """Return the number of targets for a heading, with the number of results if some have errors."""
+        """The number of targets for a heading, with the number of results if some have errors."""
         done, every = len(self.done), len(self.results)
         return f"{'' if done == every else f'{done} of '}{every} target{'' if every == 1 else 's'}"
 
     @property
     def all(self) -> tuple[R | Failed, ...]:
-        """Return the result or error of each target."""
+        """The result or error of each target."""
         return tuple(result for _, result in self.results)
 
     @property
     def code(self) -> int:
-        """Return the exit code of the command: 0, the common one of all targets, or 1."""
+        """The exit code of the command: 0, the common one of all targets, or 1."""
         codes = set(self.codes)
+        # Without any target the set is empty.
         return codes.pop() if len(codes) == 1 else int(bool(codes))
 
     def lines(self, line: Callable[[Found, R], Sequence[str]], width: int) -> list[list[str]]:
@@ -125,6 +122,7 @@ def do_each(
         by_name = found.facts is not None
         try:
             if stop():
+                # Raised within the try, so that each of the others is listed with the reason.
                 raise MthpError("not begun: interrupted")
             if changes:
                 _check_ancestor(found)
@@ -137,6 +135,7 @@ def do_each(
             code = error.exit_code
         else:
             results.append((found, result))
+        # A process that a name found may exit before its turn comes: a line of the table, and not a failure.
         codes.append(0 if by_name and code == TargetVanishedError.exit_code else code)
     results += [(Found(word, word), Failed(word, why)) for word, why in targets.missing]
     codes += [why.exit_code for _, why in targets.missing]
@@ -155,4 +154,5 @@ def _check_ancestor(found: Found) -> None:
     except UsageError as error:
         if found.facts is None:
             raise
+        # With this class do_each() counts it not as a failure: the shell that mthp was started from fits many a name.
         raise TargetVanishedError(f"left out: {error.message}", help=error.help) from error

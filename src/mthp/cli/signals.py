@@ -50,12 +50,15 @@ def exit_code_if_ended() -> int:
 @contextlib.contextmanager
 def raising_on_signals() -> Iterator[None]:
     """Have SIGTERM and SIGHUP raise :class:`EndedBySignalError`, as SIGINT raises KeyboardInterrupt."""
+    # main() may run several times in one process, as in tests.
     _came.clear()
+    # Python sets and runs handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A signal that was ignored when mthp started stays ignored: nohup(1) sets SIGHUP to be ignored, and a shell without
-    # job control starts background processes with SIGINT ignored.
+    # A signal that was ignored when mthp started stays ignored: nohup(1) sets SIGHUP to be ignored. SIGINT has Python's
+    # own handler, which raises KeyboardInterrupt, or is ignored: a shell without job control starts background
+    # processes with it ignored.
     numbers = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -95,6 +98,7 @@ def stopping_on_signals() -> Iterator[Wish]:
     def note(number: int, _frame: FrameType | None) -> None:
         wish.number = number
         _came.append(number)
+        # A second signal must end a command that does not come to the end of its step.
         for each, handler in before.items():
             signal.signal(each, handler)
 

@@ -75,7 +75,9 @@ def command(
         for number, name in enumerate(names):
 
             def shown(done: float, total: float, before: int = number) -> None:
+                # The default binds the number of this run.
                 forecast(before * total + done, total * len(names))
+                # The bar takes whole numbers.
                 progress(int(1000 * (before * total + done)), int(1000 * total * len(names)))
 
             outcomes.append(simulate(loaded, policy=name, seed=seed, progress=shown, stop=stop))
@@ -101,6 +103,7 @@ def _names(text: str) -> list[str]:
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not names:
         raise UsageError("--policies names none")
+    # All are checked before the first run, which may take long.
     return [known_maker(name) for name in names]
 
 

@@ -36,6 +36,7 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
     say(
         out,
         f"process {status['pid']}, {state}, up {status['uptime_seconds']:.0f} s; CPU {status['cpu_seconds']:.2f} s"
+        # A daemon that has just started is up for 0 seconds.
         f" ({percent(status['cpu_seconds'] / max(status['uptime_seconds'], 1e-9))} of a core,"
         f" limit {percent(status['cpu'])}), memory {format_size(status['resident_memory_bytes'])}",
     )

@@ -57,6 +57,7 @@ def command(
         raise UsageError(
             "--jobs and --scheduler exclude each other", help="leave --jobs out: the cluster's workers decide"
         )
+    # A wrong grid is reported before the directory is searched.
     settings = read_grid(grid)
     inputs = inputs_in(directory)
     runner = runners.local(jobs) if scheduler is None else runners.dask(scheduler)

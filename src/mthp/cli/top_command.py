@@ -47,6 +47,7 @@ def command(target: str | None, cpu: float, **options: Any) -> int:
     try:
         return app.run() or 0
     finally:
+        # Also after an error, because a collapse is not broken off in the middle of a step.
         app.wait_for_collapse()
         view.source.close()
 
@@ -81,6 +82,7 @@ def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
         live=pid is not None,
     )
     mapped.start()
+    # Rows are mappings here, and their key is not a PID.
     opened = None if pid is None else lambda _address: _opened_to_collapse(pid)
     return View(title, mapped, geometry, options, opened, daemon_status, switches)
 

@@ -30,27 +30,27 @@ class TrimSum:
 
     @property
     def zero_bytes(self) -> int:
-        """Return the bytes in pages of zeroes that could be given back."""
+        """The bytes in pages of zeroes that could be given back."""
         return sum(report.plan.zero_bytes for report in self.reports)
 
     @property
     def trimmed(self) -> int:
-        """Return the number of folios that were split."""
+        """The number of folios that were split."""
         return sum(report.trimmed for report in self.reports)
 
     @property
     def given_back_bytes(self) -> int:
-        """Return the bytes that left the resident memory."""
+        """The bytes that left the resident memory."""
         return sum(report.given_back_bytes for report in self.reports)
 
     @property
     def out_of_reach_bytes(self) -> int:
-        """Return the bytes that lie in no whole PMD range of their mapping."""
+        """The bytes that lie in no whole PMD range of their mapping."""
         return sum(report.plan.out_of_reach_bytes for report in self.reports)
 
     @property
     def remark(self) -> str:
-        """Return a sentence on these bytes; ``""`` if there are none."""
+        """A sentence on these bytes; ``""`` if there are none."""
         # Targets are processes of this machine.
         plans = [report.plan for report in self.reports]
         return out_of_reach_remark(self.out_of_reach_bytes, plans[0].geometry) if plans else ""
@@ -110,11 +110,14 @@ def command(
                 print_json("trim", report)
             else:
                 print_report(console(), report, options)
+            # A signal after the last folio changed nothing.
             return exit_code(stop.number) if report.interrupted and stop() else code
+        # Ancestors are not left out, because a trim stops nothing.
         each = do_each(named, work, stop=stop)
     total = TrimSum(tuple(each.done))
     if as_json:
         print_json("trim", Trims(each.all, total))
+    # A name that one process fits is shown as its PID would be.
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0], options)
     else:

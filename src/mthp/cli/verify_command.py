@@ -94,6 +94,7 @@ def _verified(
 
     named = find_targets(targets)
     each = do_each(named, work)
+    # The error of the one target is that of the command.
     if named.single and not each.done:
         failed = each.all[0]
         assert isinstance(failed, Failed)
@@ -137,6 +138,7 @@ def _junit(each: Each[Verification]) -> str:
     counts = {"tests": 0, "failures": 0, "errors": 0}
     for _, result in each.results:
         if isinstance(result, Failed):
+            # XML has no control characters, escaped or not.
             case = ElementTree.SubElement(suite, "testcase", classname=clean(result.label), name="verify")
             ElementTree.SubElement(case, "error", message=clean(result.error.message))
             counts["tests"] += 1
@@ -186,6 +188,8 @@ def _plain(text: str) -> str:
 
 
 def _performance(label: str, check: Checked) -> str:
+    # A label must have neither of these characters (Nagios plugin guidelines, performance data).
     name = f"{label} {check.mapping}{':' if check.mapping else ''}{check.size}".replace("'", "").replace("=", "-")
     assert check.share is not None
+    # Value, range without a warning, no critical range, least and most. Below the expected share it warns.
     return f"'{_plain(name)}'={100 * check.share:.2f}%;{100 * check.least:g}:;;0;100"

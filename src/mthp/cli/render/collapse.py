@@ -1,4 +1,4 @@
-"""The result of a collapse, as tables and as the JSON object of the contract."""
+"""The result of a collapse, as tables and remarks."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def print_report(
         reach = out_of_reach_remark(report.plan.before.out_of_reach_bytes(report.geometry), report.geometry)
         note(out, [price, reach, *refused, "dry run: nothing was changed"])
         return
+    # Tables of outcomes would have nothing to show.
     if report.done_nothing or report.plan.finished:
         out.print(coverage_table(report))
         out.print(left_table(report.plan))
@@ -144,6 +145,7 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
     )
     if report.heat_share is not None:
         say(out, f"{percent(report.heat_share)} of the observed accesses go to the collapsed memory")
+    # A run by the mover alone makes no such calls.
     if times.count or not report.folios:
         say(out, f"{times.count} calls: {_spread(times)}")
     if windows.count:

@@ -39,7 +39,9 @@ def console(*, stderr: bool = False) -> Console:
     """
     on_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = _columns() or (None if on_terminal else PLAIN_WIDTH)
+    # Without highlighting, which colours every number.
     made = Console(stderr=stderr, width=width, highlight=False, color_system="auto" if on_terminal else None)
+    # No layout is narrower: the terminal breaks longer lines itself.
     made.width = max(made.width, MIN_WIDTH)
     return made
 
@@ -59,6 +61,7 @@ def print_json(command: str, *objects: object) -> None:
     """
     click.echo(f'{{\n  "schema": "mthp.{command}/1"', nl=False)
     for each in objects:
+        # Some figures, such as those of Coverage, are computed from pages with it.
         geometry = getattr(each, "geometry", None)
         for key, value in items(each):
             click.echo(f",\n  {json.dumps(key)}: ", nl=False)
@@ -85,6 +88,7 @@ def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
         yield lambda done, total, what="": None
         return
     columns = (
+        # Names may have brackets, which are markup to rich.
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
@@ -117,4 +121,5 @@ def say(out: Console, line: str) -> None:
 
 def _print_wrapped(out: Console, text: str, style: str = "") -> None:
     for line in wrapped(clean(text), out.width):
+        # Wrapped already. As Text, because rich reads markup in a str.
         out.print(Text(line, style=style), soft_wrap=True)

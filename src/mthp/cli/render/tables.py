@@ -72,6 +72,7 @@ class Table:
         heads, lines = self.laid_out(max(options.max_width, MIN_WIDTH))
         for line in heads:
             yield _line(line, "bold")
+        # Not in a pipe: scripts read every line below the heads as a row.
         if console.is_terminal and heads:
             yield _line("─" * max(map(cell_len, [*heads, *lines])))
         for line in lines:
@@ -111,6 +112,7 @@ def wrapped(text: str, width: int) -> list[str]:
     """
     if cell_len(text) <= width:
         return [text]
+    # Half of the line stays for words.
     indent = " " * min(len(text) - len(text.lstrip(" ")), width // 2)
     room = width - len(indent)
     lines = [""]
@@ -119,6 +121,7 @@ def wrapped(text: str, width: int) -> list[str]:
         if cell_len(joined) <= room:
             lines[-1] = joined
             continue
+        # In place of the last line if that is empty, else behind it.
         lines[len(lines) - (not lines[-1]) :] = chop_cells(word, room)
     return [indent + line for line in lines]
 
@@ -132,12 +135,12 @@ class _Column:
 
     @property
     def natural(self) -> int:
-        """Return the width at which nothing is wrapped or shortened."""
+        """The width at which nothing is wrapped or shortened."""
         return max(map(cell_len, [self.head, *self.cells]))
 
     @property
     def least(self) -> int:
-        """Return the smallest width that is still easy to read."""
+        """The smallest width that is still easy to read."""
         widest = max(map(cell_len, self.cells), default=0)
         head = _longest_word(self.head)
         if self.figures:
@@ -162,16 +165,19 @@ def _beside(columns: Sequence[_Column], width: int) -> int:
     for count, column in enumerate(columns):
         used += GAP + column.least
         if used > width:
+            # The first column identifies the row, so it is always there.
             return max(count, 1)
     return len(columns)
 
 
 def _widths(columns: Sequence[_Column], width: int) -> list[int]:
     """Return the widths of `columns` within `width` in all; columns that need least beyond their minimum come first."""
+    # A single column is never wider than the line; several fit beside each other by _beside().
     least = [column.least if len(columns) > 1 else min(column.least, width) for column in columns]
     widths = list(least)
     spare = width - sum(least) - GAP * (len(columns) - 1)
     wishes = sorted((column.natural - least[index], index) for index, column in enumerate(columns))
+    # So most columns have their full width.
     for wish, index in wishes:
         extra = max(0, min(wish, spare))
         widths[index] += extra
@@ -228,4 +234,5 @@ def _longest_word(text: str) -> int:
 
 
 def _line(text: str, style: str = "") -> Text:
+    # rich must not cut a figure that is longer than the line.
     return Text(text, style=style, no_wrap=True, overflow="ignore")
