@@ -1,13 +1,12 @@
-"""What BGSAVE costs a redis-server that mthp looks after, against one without THP, and how soon its coverage is back.
+"""Compare BGSAVE on a redis-server under `mthp daemon` with one without THP, and measure when its coverage is back.
 
     python bench/bench_bgsave.py
 
-Two servers hold the same data: one with THP switched off for itself, one that `mthp daemon` works on. By turns each
-is written to at random while it saves its data. The ratio is that of the 99th percentiles of latency; how far that of
-the server without THP differs from its own of a moment before ("off to off") says what else is at work on the machine.
-Its memory is shared with the child meanwhile, and copied where it is written to, so huge pages are broken up; the
-daemon leaves it alone until the child has ended. Then it is measured how long it takes until 90 % of the memory is
-mapped by PMD entries again.
+Two servers hold the same data: one with THP switched off for itself, one under `mthp daemon`. In turn each saves its
+data while random writes load it. The ratio is that of the 99th percentiles of latency. "off to off" is the ratio of the
+server without THP to its own measurement before, and shows the effect of other work on the machine. During a save the
+child shares the memory, and writes copy pages, which breaks up huge pages; the daemon leaves the process alone until
+the child has ended. Then the time until PMD entries map 90 % of the memory again is measured.
 
 Needs root, redis-server and redis-benchmark, and THP that is not "never". MTHP_BENCH_KEYS makes it smaller.
 """
@@ -30,10 +29,10 @@ CLIENTS = 20
 TURNS = int(os.environ.get("MTHP_BENCH_TURNS", "7"))
 
 WANTED = 0.9
-"""Share of the anonymous memory that PMD entries shall map."""
+"""Share of the anonymous memory that PMD entries must map."""
 
 PATIENCE = 30.0
-"""Seconds after which coverage is taken not to come back."""
+"""Seconds to wait for the coverage to come back."""
 
 
 class Server:

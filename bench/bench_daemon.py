@@ -1,10 +1,10 @@
-"""The daemon against the kernel's khugepaged, and what it costs when there is nothing to do.
+"""Compare the daemon with the kernel's khugepaged, and measure its cost when it has nothing to do.
 
     python bench/bench_daemon.py [GIB]
 
-- Time until so much memory of one process, base pages whose frames are scattered, is as huge as its policy allows (the
-  PMD size, which is what both can make): the daemon, the kernel's khugepaged with its default tunables, extrapolated
-  from what it does in 20 s, and at full throttle.
+- Time until GIB of memory of one process, in base pages on scattered frames, is as huge as its policy allows (the PMD
+  size, which both can make): by the daemon; by the kernel's khugepaged with its default tunables, extrapolated from
+  20 s; and by the kernel's khugepaged at full throttle.
 - CPU time and memory of the daemon with 500 processes that need nothing.
 
 Needs root. It sets switches and tunables of the machine, and puts them back.
@@ -30,7 +30,7 @@ PMD_SIZE = 2 << 20
 EXTRAPOLATED_FROM = 20.0
 IDLE_PROCESSES, IDLE_SECONDS = 500, 60.0
 SETTLED_LOOKS = 5
-"""Looks at a process after which they come about as seldom as they ever will."""
+"""Checks of a process after which the daemon checks it about as seldom as it ever does."""
 
 TARGET = """
 import ctypes, mmap, random, sys
@@ -53,7 +53,7 @@ print("intact", flush=True)
 
 
 class Target:
-    """A process with `size` bytes in base pages; advised when told."""
+    """A process with `size` bytes in base pages. A method advises them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -138,7 +138,7 @@ def by_kernel(size: int, set_to: ThpSwitches, limit: float, **tunables: int) -> 
 
 
 def idle(processes: int, seconds: float) -> tuple[float, int]:
-    """CPU time as a share of one core, and memory, of a daemon whose targets need nothing."""
+    """Return the CPU time, as a share of one core, and the memory of a daemon with nothing to do."""
     idlers = [subprocess.Popen(["sleep", "1000"]) for _ in range(processes)]
     try:
         with (

@@ -1,7 +1,7 @@
 """Hot memory first, within a budget: page walks saved in the model of the TLB, and the speed of a real program.
 
-The memory is 1 GiB, of which a tenth is hot, and a tenth of its bytes may be copied. All PMD ranges are between 90 %
-and 100 % full, by chance, the hot ones like the others.
+The memory is 1 GiB. A tenth of it is hot, and a tenth of its bytes may be copied. All PMD ranges, hot or not, are at
+random between 90 % and 100 % full.
 
 1. *Simulated*: of all accesses 95 % go to the hot ranges, the rest to all; both random. Heat is every 997th access of
    another stretch of the same trace, as a profiler samples. Printed is the part of the page walks that a budgeted
@@ -163,7 +163,7 @@ for line in sys.stdin:
 
 
 class Program:
-    """A process with ten arenas that reads one of them."""
+    """A process with ten arenas, of which it reads one."""
 
     def __init__(self) -> None:
         arguments = [str(each) for each in (10, 7, PMD, PAGE)]

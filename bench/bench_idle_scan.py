@@ -1,8 +1,8 @@
-"""The simulated khugepaged over 4 GiB with nothing to collapse, against the real kernel's at full throttle.
+"""Compare the simulated khugepaged over 4 GiB with nothing to collapse with the real kernel's at full throttle.
 
-Every PMD range lacks its last page, and none may be filled, so both look at every entry and then leave the range
-alone. The kernel's thread is timed by the processor time that it takes, since others run on this machine too, and so
-is the simulation. Needs root; puts back every value of sysfs that it changes, and refuses to begin where it cannot.
+Every PMD range lacks its last page, and none may be filled, so both read every entry and then leave the range alone.
+Both are timed by their processor time, because other programs run on this machine. Needs root; puts back every value of
+sysfs that it changes, and refuses to begin where it cannot.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ sys.stdin.read()
 
 @contextmanager
 def target(size: int, step: int) -> Iterator[int]:
-    """A process that maps `size` bytes and has touched one page every `step` bytes: its PID."""
+    """Start a process that maps `size` bytes and touches one page every `step` bytes, and return its PID."""
     command = [sys.executable, "-c", TARGET, str(size), str(step)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -48,7 +48,7 @@ def target(size: int, step: int) -> Iterator[int]:
 
 
 class BareReads:
-    """The reads that nobody can do without, prepared: frames looked up, runs found, buffers there."""
+    """The reads that every reader needs, prepared: frames looked up, runs found, buffers allocated."""
 
     def __init__(self, pid: int, start: int, size: int) -> None:
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)

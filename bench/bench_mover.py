@@ -1,17 +1,17 @@
-"""The mover: how fast it moves memory, against MADV_COLLAPSE, and how long a target stands still, phase by phase.
+"""Measure how fast the mover moves memory, against MADV_COLLAPSE, and how long it stops a target, phase by phase.
 
-*Throughput.* The target has 256 MiB of 4 KiB pages that lie scattered in physical memory. The mover makes folios of
-one order of all of it; MADV_COLLAPSE makes folios of 2 MiB of as much memory, made in the same way, in the same run.
-Time is what the system spends: the mover's pauses without the rests between. Whoever works, here or in the target, has
-a real-time policy meanwhile, on both sides alike, so that what else the machine does is not what is compared.
+*Throughput.* The target has 256 MiB of 4 KiB pages, scattered in physical memory. The mover makes folios of one order
+of all of it; in the same run, MADV_COLLAPSE makes folios of 2 MiB of as much memory of the same kind. The time is that
+of the mover's pauses, without the rests between. On both sides the working threads have a real-time policy, so other
+work on the machine hardly counts.
 
-*Pauses.* From the first thread that is interrupted to the last that is let go, for 8 blocks of 64 KiB, with 1, 8 and 64
-threads, against the floor: the same ptrace requests for as many threads, made by a loop in C with nothing in between
-(``ptrace_floor.c``), plus the time for which the moved blocks' own system calls and copies take. The medians of the
-phases show where the rest goes.
+*Pauses.* From the interruption of the first thread to the release of the last, for 8 blocks of 64 KiB, with 1, 8 and 64
+threads. The floor is the same ptrace requests for as many threads, from a loop in C with nothing in between
+(``ptrace_floor.c``), plus the time of the moved blocks' own system calls and copies. The medians of the phases show
+where the rest of the time goes.
 
-*Asking again.* What is asked once more of process, mappings and pages when all threads stand still comes on top where
-blocks are judged beforehand, as `mthp collapse` does; the session alone, which is measured above, does not ask.
+*Checking again.* `mthp collapse` checks blocks before the stop, and facts of process, mappings and pages again once all
+threads are stopped. That time is added to a pause. The session alone, which is measured above, does not check.
 
 Needs root; sets the per-size switches through the mover's own journal and puts them back.
 """
@@ -102,7 +102,7 @@ class Target:
 
 @contextmanager
 def target(size: int, threads: int) -> Iterator[Target]:
-    """A process with `size` bytes of scattered base pages and so many threads."""
+    """A process with `size` bytes of scattered base pages and `threads` threads."""
     command = [sys.executable, "-c", TARGET, str(size), str(threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Target(process)
@@ -228,7 +228,7 @@ def show_pauses() -> None:
 
 
 def recheck_ns(threads: int, count: int) -> list[int]:
-    """How long it takes to ask again for `count` neighbours of 64 KiB while the target stands still."""
+    """Return the time to check `count` adjoining blocks of 64 KiB again while the target is stopped."""
     size = GEOMETRY.size_of(4)
     taken: list[int] = []
     with target(count * size, threads) as ours, open_live(ours.pid) as space, SwitchJournal().only(4):

@@ -1,9 +1,9 @@
-"""plan_ranges against plain C: policy rfc, 51 200 ranges (100 GiB of x86-64), random runs of 1 to 48 PTEs.
+"""Compare plan_ranges with plain C: policy rfc, 51 200 ranges (100 GiB of x86-64), random runs of 1 to 48 PTEs.
 
 The peer (``rfc_walk.c``, compiled with ``cc -O2``) compares eight PTEs at a time, walks a 64-bit bitmap a range with an
-explicit stack, and writes the order of each page's folio into an array that is there already. `plan_ranges` makes the
-same of any geometry and all states of a PTE, applies isolation's limits, and allocates its answer. Where max_ptes_none
-is 0 isolation changes nothing, and every byte is compared.
+explicit stack, and writes the order of each page's folio into an existing array. `plan_ranges` does the same for any
+geometry and all states of a PTE, applies isolation's limits, and allocates its result. With max_ptes_none 0 isolation
+changes nothing, so every byte is compared.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What intermediate fill is worth: `no-creep` against the four, on a recording of redis and on memory of some shapes.
+"""Compare `no-creep` with the other policies at an intermediate fill, on a recording of redis and on synthetic memory.
 
 For each memory and policy, with max_ptes_none at 64 of 512: the share of memory in folios of 64 KiB and more, and
-mapped as 2 MiB, once scans change nothing any more; what the first scan adds, and what all do; how many scans add
-anything. The peer of `no-creep` is every other policy: it is marked where none of them covers as much for as little.
+mapped as 2 MiB, once scans no longer change anything; the memory that the first scan adds, and that all scans add; and
+the number of scans that add any. The peers of `no-creep` are all other policies: it is marked where none of them covers
+as much with as little bloat.
 
     python bench/bench_policies.py [--keep DIRECTORY]
 
-With ``--keep`` the recording of redis stays, so that ``mthp report`` draws its creep. Without redis-server (Debian:
-redis) only the other memory is compared.
+``--keep`` keeps the recording of redis, so that ``mthp report`` can draw its creep. Without redis-server (Debian:
+redis) only synthetic memory is compared.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def half_strewn(density: float) -> NDArray[np.bool_]:
 
 
 def runs(pages: int, density: float) -> NDArray[np.bool_]:
-    """Aligned runs of so many pages that are there or not."""
+    """Return a mapping of aligned runs that are present as a whole or not at all."""
     return np.repeat(np.random.default_rng(1).random(RANGES * N // pages) < density, pages)
 
 

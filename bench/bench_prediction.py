@@ -1,15 +1,15 @@
-"""Does it come true? What compare predicts for real programs against what collapse then made, and what that was worth.
+"""Compare the prediction of `mthp compare` for real programs with the outcome of `mthp collapse`, and measure speed.
 
-Each program (:mod:`programs`) is started anew for every setting, loaded, and measured; then ``mthp record``,
-``compare`` of the recording, ``collapse`` of the process and ``report``, all through the command line. Predicted are
-the share of the memory that PMD entries map and the memory added (bloat); measured is what the kernel says of it in
-smaps_rollup, before and after: AnonHugePages and Anonymous. Of folios below the PMD size smaps tells nothing: the share
-of memory in large folios of any size is measured from kpageflags. Throughput, p99 and processor time for each operation
-are medians of some runs before and after, with lowest and highest; the last depends little on what else goes on.
+Each program (:mod:`programs`) is started again for every setting, loaded, and measured. Then the command line runs
+``mthp record``, ``compare`` of the recording, ``collapse`` of the process, and ``report``. Predicted are the share of
+the memory that PMD entries map, and the memory added (bloat). The measured values are AnonHugePages and Anonymous in
+smaps_rollup, before and after. smaps does not show folios below the PMD size, so the share of memory in large folios of
+any size comes from kpageflags. Throughput, p99 and processor time for each operation are medians of several runs before
+and after, with lowest and highest; other work on the machine changes the last one least.
 
     python bench/bench_prediction.py [--programs redis,postgres,jvm,sqlite] [--runs 5] [--keep DIRECTORY]
 
-Programs that are not installed are left out, and said so. Debian has them as redis, postgresql (with its user
+Programs that are not installed are left out, with a message. Debian's packages are redis, postgresql (with its user
 postgres), and default-jdk-headless.
 """
 
@@ -33,10 +33,10 @@ from typing import Any
 from programs import PROGRAMS, Memory, Speed, lacking, memory_of
 
 BOUNDS = ("--mechanism", "madvise,move", "--max-bloat", "none")
-"""What is predicted is the whole plan, so that nothing may be left out."""
+"""No limit, because the prediction is of the whole plan."""
 
 POINTS_AIM = 2.0
-"""Percentage points by which a prediction may be wrong."""
+"""Percentage points by which a prediction may differ."""
 
 SETTINGS: tuple[tuple[str, str, list[str], list[str]], ...] = (
     ("mainline, 2M, 511", "mainline", ["--orders", "2M", "--max-ptes-none", "511"], []),
@@ -44,11 +44,11 @@ SETTINGS: tuple[tuple[str, str, list[str], list[str]], ...] = (
     ("mainline, all sizes, 0", "mainline", ["--max-ptes-none", "0"], ["--max-pause", "20ms"]),
     ("no-creep, all sizes, 64", "no-creep", ["--max-ptes-none", "64"], ["--max-pause", "20ms", "--fill"]),
 )
-"""What is compared and collapsed by: a name, the policy, options of both commands, and more of collapse alone."""
+"""Settings: a name, the policy, options of both commands, and further options of collapse."""
 
 
 def mthp(*arguments: object) -> dict[str, Any]:
-    """One command of mthp, and its JSON; collapse may do only a part."""
+    """Run a command of mthp and return its JSON. A partial collapse is accepted."""
     command = [sys.executable, "-m", "mthp", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode > 1:
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="measurements of speed before and after")
     parser.add_argument("--keep", type=Path, help="a directory that recordings and reports stay in")
     options = parser.parse_args()
-    # Whoever ends it early sees what was measured until then.
+    # An interrupted run still prints what it has measured.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results: list[Result] = []
     with contextlib.ExitStack() as stack:

@@ -1,13 +1,13 @@
-"""What a loaded redis-server notices of mthp: throughput and 99th percentile of latency, before, during and after.
+"""Measure the effect of mthp on a loaded redis-server: throughput and p99 of latency before, during and after its work.
 
     python bench/bench_redis.py [move|split|trim ...]
 
-One server with 150 000 values of 1 500 bytes, redis-benchmark beside it. First its figures with nothing else at work;
-then while its memory is worked on over and over; then with mthp gone. Ratios are against the first. What works on it:
+redis-benchmark loads one server with 150 000 values of 1 500 bytes: first without mthp, then while mthp works on its
+memory repeatedly, then without mthp again. Ratios are against the first. The work:
 
-- *move*, *split*: all of its memory is made folios of 64 KiB by this mechanism, and all that is new. With the mover's
-  default budget (a pause of 1 ms, half of the time at most).
-- *trim*: all of its PMD ranges are made huge pages by MADV_COLLAPSE, and their pages of zeroes given back, by turns.
+- *move*, *split*: the mechanism makes folios of 64 KiB of all of its memory, and of new memory. The mover has its
+  default budget (pauses of 1 ms, half of the time at most).
+- *trim*: MADV_COLLAPSE makes all PMD ranges huge pages, and a trim returns their pages of zeroes, in turn.
 
 Needs root, and for *split* debugfs, which kernel lockdown closes. MTHP_BENCH_KEYS makes it smaller, for a guest.
 """
@@ -37,11 +37,11 @@ KEYS, VALUE = int(os.environ.get("MTHP_BENCH_KEYS", "150000")), 1500
 CLIENTS = 20
 
 Work = Callable[[LiveAddressSpace, threading.Event], str]
-"""Works on a space until the event, and returns what it did."""
+"""A function that works on a space until the event is set, and returns its work."""
 
 
 def whole_ranges(space: LiveAddressSpace) -> list[Block]:
-    """PMD ranges of mappings that may be moved, with something in them and none of it in a PMD folio."""
+    """Return the PMD ranges of mappings that may be moved, with contents, and none in a PMD folio."""
     geometry, found = space.geometry, []
     size, order = geometry.pmd_size, geometry.pmd_order
     for vma in space.vmas():
@@ -94,7 +94,7 @@ def made_by(mechanism: Mechanism) -> Work:
 
 
 def collapsed_and_trimmed(space: LiveAddressSpace, over: threading.Event) -> str:
-    """Make PMD ranges huge pages and give their pages of zeroes back, by turns."""
+    """Make PMD ranges huge pages and return their pages of zeroes, in turn."""
     geometry = space.geometry
     made = given = 0
     while not over.is_set():

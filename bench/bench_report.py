@@ -1,6 +1,6 @@
-"""How long the report of a 64 GiB process takes to open in Chromium, against an empty page; and how large it is.
+"""Measure how long the report of a 64 GiB process takes to open in Chromium, against an empty page, and its size.
 
-The aims are 2 seconds and 10 MiB. The process is made up: one mapping whose PMD ranges differ from one to the next.
+The aims are 2 seconds and 10 MiB. The process is synthetic: one mapping in which each PMD range differs from the next.
 """
 
 from __future__ import annotations

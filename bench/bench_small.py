@@ -1,11 +1,11 @@
-"""What memory in no whole PMD range is, and what the mover makes of it: Node with a heap of 500 MB, and CPython.
+"""Measure memory in no whole PMD range, and its folios by the mover: Node with a heap of 500 MB, and CPython.
 
     python bench/bench_small.py [node|python ...]
 
 Two processes of each program build the same objects and look them up at random. One is collapsed below the PMD size
-with ``--small``, the other is not; then both are measured by turns. A look-up's cost is processor time, which other
-programs on the machine hardly change. Every object's contents are summed up before and after: a different sum, or a
-process that died, ends the bench with an error. The mover verifies every block's bytes, too.
+with ``--small``, the other is not; then both are measured in turn. The cost of a look-up is its processor time, which
+other programs on the machine hardly change. The contents of all objects are added up before and after: a different sum,
+or a process that died, ends the bench with an error. The mover also verifies the bytes of every block.
 
 Needs root, and Linux 6.8.
 """
@@ -31,7 +31,7 @@ from mthp.metrics import Coverage
 from mthp.units import format_size
 
 MEGABYTES = int(os.environ.get("MTHP_BENCH_MEGABYTES", "500"))
-"""Of heap."""
+"""Bytes of the heap."""
 
 TURNS = 5
 LOOK_UPS = 600_000

@@ -1,13 +1,13 @@
-"""Folios made and trimmed in place: time in the kernel's calls, our own beside it, and the waits of the target.
+"""Measure splits and trims in place: time in the kernel's calls, mthp's own time, and the waits of the target.
 
-*Split* (where debugfs is open): ranges of 2 MiB that are 40 % full are made random layouts by the mechanism split. The
+*Split* (where debugfs is open): the mechanism split makes random layouts of ranges of 2 MiB that are 40 % full. The
 peer is MADV_COLLAPSE of the same ranges in the same run, which is the first of the calls that split makes. Time in
-calls is that of process_madvise(2) and of writes to ``split_huge_pages``; the rest is ours: looks and checks.
+calls is that of process_madvise(2) and of writes to ``split_huge_pages``; the rest is mthp's reads and checks.
 
-*Trim*: huge pages of which a tenth is in use are looked at (which pages hold zeroes) and given back, in GB/s of folio
-memory, with the target's threads stopped and with one that uses its pages meanwhile. Their waits are shown beside
-those of a control: another process with threads and memory like the target's, at the same time, which nothing touches.
-What both wait is the scheduler's; only the difference is the kernel's work on the target. So for MADV_COLLAPSE.
+*Trim*: huge pages with a tenth in use are read (which pages hold zeroes) and trimmed, in GB/s of folio memory, with the
+target's threads stopped, and with one that uses its pages meanwhile. Their waits are printed beside those of a control:
+another process with the same threads and memory, at the same time, on which mthp does not work. Waits that both have
+come from the scheduler; the difference is the kernel's work on the target. MADV_COLLAPSE is measured in the same way.
 
 Needs root.
 """
@@ -192,7 +192,7 @@ class Trims:
 
     @property
     def rate(self) -> float:
-        """Folio memory looked at and split, in GB/s."""
+        """Return the folio memory that was read and split, in GB/s."""
         return self.looked / self._ns
 
     @property

@@ -1,6 +1,6 @@
-"""How long a command takes to begin: ``mthp --help`` and ``import mthp``, against the interpreter alone.
+"""Measure how long ``mthp --help`` and ``import mthp`` take, against the interpreter alone.
 
-The aims are absolute (200 ms and 150 ms); they are printed as ratios of what a bare ``python -c pass`` takes now.
+The aims are absolute (200 ms and 150 ms); they are printed as ratios of the time of ``python -c pass`` in the same run.
 """
 
 from __future__ import annotations

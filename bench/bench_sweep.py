@@ -1,7 +1,7 @@
-"""A sweep of 1 000 synthetic snapshots of 4 GiB by 16 settings on two processors: a part of it, and what it comes to.
+"""Measure a sweep of 1 000 synthetic snapshots of 4 GiB by 16 settings on two processors, from a part of it.
 
-The peer of a sweep is one processor doing the same alone, so the ratio says whether time falls with processors. The
-peak of memory is that of all processes of the sweep together. ``--whole`` makes all 1 000.
+The peer is one processor with the same work, so the ratio shows whether time falls with processors. The peak of memory
+is that of all processes of the sweep together. ``--whole`` sweeps all 1 000.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def heap(seed: int) -> Synthetic:
 
 
 class Peak:
-    """What this process and its descendants take, looked at meanwhile.
+    """Memory and processor time of this process and its descendants, sampled while they run.
 
     Attributes:
         bytes: the most memory that they had at once: proportional set size.

@@ -1,7 +1,7 @@
-"""The model of the TLB against the same LRU array in plain C: a million accesses, random and in strides.
+"""Compare the model of the TLB with the same LRU array in plain C: a million accesses, random and in strides.
 
-The last level of three processors. Where the trace is random every access is a question of its own; where it goes
-through pages in order, with every page used several times in a row, most are answered at once.
+The model is that of the last level of three processors. In a random trace every access is looked up; in a trace that
+uses each page several times in a row, the model skips most of them.
 """
 
 from __future__ import annotations

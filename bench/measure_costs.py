@@ -1,8 +1,8 @@
-"""Measures on this kernel what things take, and prints the table that a simulated machine's clock counts with.
+"""Measure the costs of operations on this kernel, and print the table of the simulated machine's clock.
 
-Every figure is a difference of two measurements that differ in the thing alone, each the best of a few runs; what
-cannot be measured here (no root, no swap, no debugfs) keeps its default and says so. As root it switches folio sizes
-and khugepaged's tunables for a moment, and puts them back.
+Every figure is the difference of two measurements that differ in one operation, each the best of a few runs. A cost
+that cannot be measured here (no root, no swap, no debugfs) keeps its default, and the table marks it. As root it
+switches folio sizes and khugepaged's tunables for a moment, and puts them back.
 
     python bench/measure_costs.py            a table
     python bench/measure_costs.py --toml     lines for the [costs] section of a scenario
@@ -32,7 +32,7 @@ MADV_COLD, MADV_PAGEOUT, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE 
 RUNS = 3
 
 Measured = dict[str, tuple[float, str]]
-"""Seconds, and how they were found, by the name of the cost."""
+"""By the name of the cost: seconds, and how they were measured."""
 
 
 class Memory:

@@ -1,4 +1,4 @@
-"""Programs of the distribution, loaded with about 1 GiB and asked how fast they are, for bench_prediction."""
+"""Programs of the distribution, loaded with about 1 GiB and measured, for bench_prediction."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Running:
     """A loaded program.
 
     Attributes:
-        pid: of the process whose memory it is.
-        operate: takes one measurement, but for the processor time.
+        pid: the process that has the memory.
+        operate: takes one measurement, without the processor time.
     """
 
     pid: int
@@ -113,9 +113,9 @@ select length(v) from t where k = :k;
 def postgres(directory: Path) -> Iterator[Running]:
     """A session of PostgreSQL with 1 000 000 rows of 900 bytes in a temporary table; pgbench looks up random ones.
 
-    A temporary table lies in memory of the session's own (``temp_buffers``), which the shared buffers do not: those are
-    shared memory, whose size of pages PostgreSQL chooses by ``huge_pages``. As the session must be the same before and
-    after, pgbench runs all the time, and is stopped while nothing is measured.
+    A temporary table is in memory of the session (``temp_buffers``). The shared buffers are shared memory, for which
+    PostgreSQL chooses the page size by ``huge_pages``. The session must be the same before and after, so pgbench runs
+    all the time, and is stopped between measurements.
     """
     user = pwd.getpwnam("postgres")
     tools = _postgres_tools()[-1]

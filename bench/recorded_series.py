@@ -1,9 +1,9 @@
-"""What the series do, in figures of the recorded cases: the tables of ``docs/policies.md``.
+"""Print what the series do, as figures of the recorded cases: the tables of ``docs/policies.md``.
 
-`rfc`, `rfc2` and `per-order` are what kernels with the series were recorded doing (``tests/golden``); `pmd-only` and
-`mainline` are the simulated machine's on the same cases, which agrees with every case that was recorded of them. Only
-cases of khugepaged count that all three series were recorded in: 512 PTEs of written pages and holes, the same limits
-and orders.
+The rows of `rfc`, `rfc2` and `per-order` come from recordings of kernels with the series (``tests/golden``); those of
+`pmd-only` and `mainline` from the simulated machine with the same cases, which agrees with every recorded case of these
+policies. Only cases of khugepaged count that were recorded with all three series: 512 PTEs of written pages and holes,
+with the same limits and orders.
 
     python bench/recorded_series.py [fill] [refused] [dropped] [read] [creep]
 """
@@ -32,7 +32,7 @@ LARGE = 4
 """Folios of this order (64 KiB) and larger ones count as large: smaller ones save few TLB entries."""
 
 Orders = list[int | str]
-"""What each page lies in: the order of a folio, or a word."""
+"""For each page, the order of its folio, or a word."""
 
 
 class Unforgetting(PerOrder):
@@ -161,7 +161,7 @@ def made(case: dict[str, Any]) -> bool:
 
 
 def dropped() -> None:
-    """What it costs `per-order` that it gives up orders, and the rest of a range."""
+    """Print the coverage that `per-order` loses because it drops orders, and the rest of a range."""
     rows = []
     for kind in ("anon", "states-nowr"):
         before = kept = tree = more = 0

@@ -1,4 +1,4 @@
-"""Memory made up for a benchmark, as if it had been recorded."""
+"""Synthetic memory for benchmarks, in the form of a recording."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Synthetic(RecordedSpace):
 
     Args:
         there: bool, shape (pages,): which pages are mapped.
-        huge: bool, shape (PMD ranges,): which ranges one PMD entry maps, besides; none by default.
+        huge: bool, shape (PMD ranges,): which ranges one PMD entry also maps; none by default.
         label: its name.
     """
 
