@@ -1,13 +1,12 @@
-"""What every test of this project shares: requirements of live tests, and the machine's THP switches.
+"""Fixtures of all tests: requirements of live tests, and the machine's THP switches.
 
-A test that needs more than any machine has says so with ``@pytest.mark.requires("root", "thp", ...)``; the words are
-the keys of `_REQUIREMENTS`. Elsewhere it is skipped with the reason; with ``MTHP_REQUIRE_LIVE=1`` in the environment
-such a skip is a failure, for machines that are there to run them.
+A test that needs more than every machine has is marked ``@pytest.mark.requires("root", "thp", ...)``; the words are the
+keys of `_REQUIREMENTS`. On other machines it is skipped with the reason. With ``MTHP_REQUIRE_LIVE=1`` in the
+environment such a skip is a failure.
 
-A test that depends on the THP switches takes the fixture ``thp_switches``, which is the only thing here that changes
-them. It holds the lock of the mover's journal, so that two test sessions, or a test and somebody else's mover, do not
-change them under each other's feet, and writes down what it found before it changes anything, so that a session which
-was killed is cleaned up after by the next.
+A test that depends on the THP switches takes the fixture ``thp_switches``, the only one that changes them. It holds the
+lock of the mover's journal, so that another test session or a mover of the system does not change them meanwhile. It
+writes the values to a file before it changes any, so that the next session puts them back after a killed one.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ PAGE = mmap.PAGESIZE
 
 
 def write_and_check(words: np.ndarray[tuple[int], np.dtype[np.uint64]], seed: int, until: threading.Event) -> int:
-    """Write pages of this thread's own part, in no order, and check each before it is written again.
+    """Write pages of this thread's part in random order, and check each before writing it again.
 
-    A page holds a number, and besides it what follows from that number, so that a page of another time shows.
+    A page holds a number and a value computed from it, so that a page of another time is detected.
     """
     draw = random.Random(seed)
     pages = len(words) // (PAGE // 8)
@@ -57,7 +57,7 @@ def end_with_input(ended: threading.Event) -> None:
 
 
 def main(size: int) -> None:
-    # An emulated processor is too slow to be shared with so many: what is tested goes first.
+    # An emulated processor is too slow for all threads, so the tested program has priority.
     os.nice(19 if FACTOR > 1 else 0)
     memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)

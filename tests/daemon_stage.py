@@ -107,7 +107,7 @@ class Stage:
         return self.space
 
     def steps(self, seconds: float) -> None:
-        """Let it have its turns for so long."""
+        """Let the worker take its turns for `seconds`."""
         end = self.now + seconds
         while self.target.next_at <= end:
             self.now = max(self.now, self.target.next_at)
@@ -124,7 +124,7 @@ HUGE = ((N, int(Pte.PRESENT | Pte.PMD_MAPPED), G.pmd_order),)
 
 
 class Trimmable(FakeSpace):
-    """A space whose one folio has contents in some pages only."""
+    """A space with one folio, of which only some pages have contents."""
 
     trims_by: tuple[TrimBy, ...] = ("cold",)
     used = 100

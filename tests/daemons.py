@@ -34,7 +34,7 @@ class RunningDaemon:
         directory.mkdir(exist_ok=True)
         command = [*prefix, sys.executable, "-m", "mthp", "daemon", "--run-dir", str(directory), *arguments]
         with self._output.open("ab") as output:
-            # A process group of its own, as a shell gives it: in an orphaned one SIGTSTP stops nobody.
+            # A process group of its own, as a shell makes one: SIGTSTP stops no process of an orphaned group.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
             )
@@ -49,7 +49,7 @@ class RunningDaemon:
 
     @property
     def socket(self) -> Path:
-        """Where it is asked."""
+        """The path of its socket."""
         return self._directory / SOCKET_NAME
 
     @property

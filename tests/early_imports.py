@@ -1,4 +1,4 @@
-"""Imports ahead of the loss of rights, for tests in which a process becomes the user nobody.
+"""Import modules before a process drops its rights, for tests in which it becomes the user ``nobody``.
 
 The checkout, its virtual environment and the interpreter may lie below a directory that other users cannot enter, such
 as ``/root``. A module that such a process imports late is then missing.
@@ -17,7 +17,7 @@ LATE = ("numpy.ma", "encodings.idna", "rich.traceback")
 
 
 def import_all() -> None:
-    """Import every module of mthp, and what libraries import late. Missing extras do not matter."""
+    """Import every module of mthp, and modules that libraries import late. Missing extras are skipped."""
     names = [module.name for module in pkgutil.walk_packages(mthp.__path__, "mthp.", onerror=lambda name: None)]
     for name in (*names, *LATE):
         if not name.endswith("__main__"):

@@ -45,10 +45,10 @@ def page_runs(*runs: tuple[int, int, int]) -> tuple[NDArray[np.uint16], NDArray[
 
 
 class FakeSpace(AddressSpace):
-    """An address space whose columns a test wrote down, and whose collapse really changes them.
+    """An address space with columns that a test defines, and that a collapse changes.
 
-    The columns are copied, and may be looked at or changed by :meth:`read` and :meth:`write` meanwhile, as those of a
-    live process may.
+    The columns are copied. Overrides of :meth:`read` and :meth:`write` may change them meanwhile, as a live process
+    does.
 
     Args:
         mappings: each mapping with the state and the folio order of all its pages: uint16 and int8, shape (pages,).
@@ -176,7 +176,7 @@ class FakeSpace(AddressSpace):
         state, folio_order = self._read_one(address, address + geometry.size_of(order))
         if not (state & Pte.PRESENT).any():
             return ScanResult.NO_PTE_TABLE
-        # A range that is huge already is no failure to MADV_COLLAPSE.
+        # MADV_COLLAPSE succeeds on a range that is huge already.
         mapped = Pte.PRESENT | Pte.PMD_MAPPED if order == geometry.pmd_order else Pte.PRESENT
         if not (folio_order >= order).all() or not (state & mapped == mapped).all():
             self._set(address, 1 << order, mapped, order)

@@ -19,7 +19,7 @@ from mthp.linux.mover import steps
 from mthp.linux.mover.steps import Observer, Step
 
 SUSPENDED_SECONDS = 0.05
-"""What it takes at most until a process that was told to stop does."""
+"""Seconds to wait for a process to stop."""
 
 
 def _observer() -> Observer:

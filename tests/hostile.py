@@ -1,4 +1,4 @@
-"""Input that was made to hurt: values that fit nowhere, and a command that may take only so much memory."""
+"""Hostile input: values out of every range, and a command with bounded memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def refuses(error: MthpError) -> None:
 
 
 def limited(*arguments: object, memory: int = 2 << 30, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line with so many bytes of address space, and check that it ends without a traceback."""
+    """Run the command line with at most `memory` bytes of address space, and check that it prints no traceback."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

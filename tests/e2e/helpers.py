@@ -44,7 +44,7 @@ def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> s
 
 
 def mthp_json(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:
-    """Run the command line with --json, which must exit with `code`, and give its object."""
+    """Run the command line with --json, which must exit with `code`, and return its object."""
     done = mthp(*arguments, "--json", **options)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -142,7 +142,7 @@ def serve() -> None:
 
 
 def become_nobody() -> None:
-    """Give up all rights of this process, but let others of the same user look at it."""
+    """Drop all rights of this process, but let others of the same user read it."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -177,6 +177,6 @@ def ancestors() -> list[int]:
 
 
 def unused_pid() -> int:
-    """A PID that nobody has at this moment, nor in the next moments as PIDs are given out in order."""
+    """Return a PID that no process has or gets soon, because the kernel assigns PIDs in order."""
     highest = int(Path("/proc/sys/kernel/pid_max").read_text())
     return next(pid for pid in range(highest - 1, 1, -1) if not os.path.lexists(f"/proc/{pid}"))

@@ -134,7 +134,7 @@ def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_pat
     assert live["policy"] == "rfc"
     assert (live["orders"], live["max_ptes_none"]) == ([4, 9], 255)
     before = mthp_json("inspect", file)
-    # Who else maps a library changes by the minute.
+    # The processes that map a library change all the time.
     assert anonymous(mthp_json("inspect", actor.pid, "--numa")) == anonymous(before)
     report = mthp_json("collapse", actor.pid, "--orders", "2M", "--max-ptes-none", 0)
     assert report["collapsed_ranges"] >= 4

@@ -68,7 +68,7 @@ def snapshot(tmp_path: Path) -> Path:
 
 
 def refused(said: Said, code: int, *words: str) -> None:
-    """Check that `said` is an error with this code, whose text has all of `words`, and nothing on standard output."""
+    """Check that `said` is an error with this code and all of `words`, and that standard output is empty."""
     assert said.code == code, said
     assert said.out == ""
     for word in words:

@@ -122,7 +122,7 @@ def test_a_name_that_looks_like_markup_is_text_on_a_terminal(tmp_path: Path) -> 
         target.terminate()
     os.close(slave)
     shown = b""
-    # Nobody writes any more, which reading tells by an error.
+    # The writer is gone, so reading fails.
     with contextlib.suppress(OSError):
         while part := os.read(master, 1 << 16):
             shown += part

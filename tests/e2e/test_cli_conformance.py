@@ -1,4 +1,4 @@
-"""``mthp conformance replay``: the totals at the end, the exit code, and files that are no cases."""
+"""``mthp conformance replay``: the totals at the end, the exit code, and files without cases."""
 
 from __future__ import annotations
 

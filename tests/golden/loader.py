@@ -66,7 +66,7 @@ class Case:
 
     @property
     def trigger(self) -> Trigger:
-        """Who wanted the collapse."""
+        """The trigger of the collapse."""
         return "madvise" if self.raw["trigger"] == "madvise" else "khugepaged"
 
     @property

@@ -1,15 +1,14 @@
-"""Linux's own test of khugepaged with mTHP, fetched, built and run, with `mthp daemon` and without.
+"""Fetch, build and run Linux's own test of khugepaged with mTHP, with `mthp daemon` and without.
 
     python tests/live/khugepaged_selftest.py [ORDER ...]
 
-The test is tools/testing/selftests/mm/khugepaged.c of Linux 7.3, from the Debian source package of that kernel. Where
-it comes from is found out on the machine: the archives are those that apt is set up for, asked for the suites in which
-new kernels appear. Nothing of it is kept but what is built, in the directory for temporary files.
+The test is tools/testing/selftests/mm/khugepaged.c of Linux 7.3, from the Debian source package of that kernel. The
+archives are those of the machine's apt, with the suites in which new kernels appear. Only the built program is kept, in
+the directory for temporary files.
 
-The test looks for two full scans of the kernel's khugepaged, and takes them as a sign that everything must be collapsed
-by now. These can go by before it has looked for the first time, and then it fails without having waited at all, which
-says nothing of who was to collapse. Otherwise it waits half a second, marked by a further dot in what it prints. So it
-may be tried several times, and failures without any wait count as none.
+The test waits for two full scans of the kernel's khugepaged, and then expects everything to be collapsed. If both pass
+before its first check, it fails without having waited, which proves nothing about the daemon. Otherwise it waits half a
+second at a time, and prints a dot for each. So it is tried several times, and failures without a dot do not count.
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ def tries(order: str) -> Iterator[Outcome]:
 
 
 def passes(order: str) -> bool:
-    """Whether the part about mTHP passes, within so many tries, each of which is printed."""
+    """Return whether the part about mTHP passes within `TRIES` tries, and print each."""
     for attempt, outcome in enumerate(tries(order), 1):
         print(f"order {order} with the daemon, try {attempt}:", told(outcome))
     return len(outcome.passed) == PARTS

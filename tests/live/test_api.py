@@ -67,7 +67,7 @@ def check_collapsed(report: Any, start: int, size: int, huge_before: int) -> Non
 
 
 def mapped(size: int) -> NDArray[np.uint8]:
-    """Memory that nobody had before, unlike the heap's: uint8, shape (size,)."""
+    """Map fresh memory, unlike the heap's: uint8, shape (size,)."""
     return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 

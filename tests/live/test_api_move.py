@@ -182,7 +182,7 @@ def test_a_process_collapses_itself() -> None:
     made, intact, windows = map(int, in_python(SELF).split())
     assert made >= 128
     assert intact == 1
-    # Nobody was stopped.
+    # No thread was stopped.
     assert windows == 0
 
 

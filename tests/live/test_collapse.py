@@ -312,7 +312,7 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
     code, report = outcome_of(running)
     failed = sum(report["failed_ranges"].values())
     assert code == (1 if failed else 0)
-    # Only of the memory that nobody writes to meanwhile: a write to what is shared splits it.
+    # Only of memory that is not written meanwhile, because a write to shared memory splits the folio.
     assert memory_of(actor.pid, address, address + 20 * PMD_SIZE).anon_huge >= (20 - failed) * PMD_SIZE
     assert actor.damaged(address, 20 * PAGES // 4, 4) == 0
 

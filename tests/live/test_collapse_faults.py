@@ -140,7 +140,7 @@ def test_a_target_that_becomes_another_program_in_the_middle() -> None:
         assert target.stdout.readline() == "ready\n"
         command = [*MTHP, "collapse", str(target.pid), *OPTIONS, "--rate", "8M", "--json"]
         running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        # More than one batch, so that one has been looked at.
+        # More than one batch, so that one has been checked.
         until(lambda: moved_pages(target.pid) >= 40 * 16, "something is moved")
         target.stdin.write("\n")
         target.stdin.flush()

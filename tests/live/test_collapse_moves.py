@@ -96,7 +96,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     windows = report["pauses"]
     assert 0 < windows["p50_seconds"] <= windows["p99_seconds"] <= windows["max_seconds"]
     assert report["moved_blocks"] >= windows["count"] >= 3
-    # What it does is said before, and once.
+    # The warning is printed before the work, once.
     assert done.stderr.count("UFFDIO_MOVE") == 1
     again = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, code=done.returncode)
     assert again["plan"]["folios_by_order"].get("8", 0) <= report["plan"]["folios_by_order"]["8"] - 1
@@ -131,7 +131,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
 
 
 def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> None:
-    """The PMD range is made; the smaller sizes are not, and that is no success."""
+    """The PMD range is made and the smaller sizes are not, so the command fails."""
     address = actor.map(2 * PMD_SIZE)
     actor.fill(address, PAGES + 64)
     with open_live(actor.pid) as space:
@@ -329,7 +329,7 @@ def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
 
 
 def suspended(pid: int, step: int) -> subprocess.Popen[str]:
-    """A collapse that was told to stop at a step of the mover's, and has."""
+    """A collapse that is stopped at a chosen step of the mover."""
     arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", *MOVE, "--json"]
     for _ in range(20):
         running = subprocess.Popen(
@@ -373,7 +373,7 @@ def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    """One of them, or both in turn: whoever finds the target traced says so, and nothing goes wrong."""
+    """Run one of them, or both in turn: the one that finds the target traced reports it, and nothing breaks."""
     with Writers(tmp_path, 3, 16) as target:
         words = switches()
         both = [started(target.pid, "--max-pause", PAUSE) for _ in range(2)]
@@ -383,7 +383,7 @@ def test_two_at_once(tmp_path: Path) -> None:
         assert not any("Errno" in reason for reason in said)
         assert switches() == words
         assert target.errors == 0
-        # A block that each of them came to while the other traced the target is left to whoever comes next.
+        # The next run makes a block that each of them reached while the other traced the target.
         outcome_of(started(target.pid, "--max-pause", PAUSE))
         assert folios(target.pid, target.base, target.size) == {4: target.size // PAGE_SIZE}
         assert target.finish() == 0

@@ -1,4 +1,4 @@
-"""The daemon on living processes: what it finds, what it does, what it is told, and what goes wrong around it."""
+"""The daemon on live processes: finding targets, working, commands, and faults."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pmd_only(thp_switches: ThpSwitches) -> ThpSwitches:
-    """Every size is off, so that the kernel's khugepaged stays out of the way; the daemon is told the size itself."""
+    """Switch every size off, so that the kernel's khugepaged does nothing; the rules name the daemon's size."""
     thp_switches.only()
     return thp_switches
 
@@ -104,7 +104,7 @@ def test_new_processes_are_noticed_and_ones_that_end_leave_nothing(run: Path, tm
             child.wait()
             until(lambda child=child: daemon.target(child.pid) is None, "the end of the process")  # type: ignore[misc]
             assert child.pid in {event["pid"] for event in events_of(log) if event["event"] == "target"}
-    # Not first when all processes are listed anew; a tenth of a second is what a benchmark measures.
+    # Before all processes are listed again. A benchmark measures the tenth of a second.
     assert min(delays) < REMATCH_SECONDS / 2
 
 

@@ -1,6 +1,7 @@
-"""The soak: many targets whose threads write, check and fork, while the daemon works on them. No byte may be wrong.
+"""The soak: threads of many targets write, check and fork while the daemon works on them. Every byte must be right.
 
-MTHP_TEST_SECONDS says for how long; some seconds by default, 600 for the whole of it. MTHP_TEST_TARGETS says how many.
+MTHP_TEST_SECONDS sets its duration: some seconds by default, 600 for the full soak. MTHP_TEST_TARGETS sets the number
+of targets.
 """
 
 from __future__ import annotations

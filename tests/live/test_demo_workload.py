@@ -35,7 +35,7 @@ def status(pid: int, key: str) -> str:
 
 
 def ends(pid: int) -> bool:
-    """Whether the process ends; a zombie that nobody has waited for yet has ended."""
+    """Return whether the process ends. A zombie has ended, too."""
 
     def has_ended() -> bool:
         try:

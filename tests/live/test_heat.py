@@ -1,4 +1,4 @@
-"""Heat of a process whose hot memory is known: by DAMON, idle pages and young bits; and nothing of it outlives us."""
+"""Heat of a process with known hot memory: by DAMON, idle pages and young bits. Nothing is left behind."""
 
 from __future__ import annotations
 

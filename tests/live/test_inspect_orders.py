@@ -1,6 +1,6 @@
-"""What :class:`~mthp.linux.live.LiveAddressSpace` reads of a process whose layout is known page by page.
+"""Compare :class:`~mthp.linux.live.LiveAddressSpace` with the layout of a process that is known page by page.
 
-The second interface is smaps, which the kernel counts by other code.
+Also compare it with smaps, which other code of the kernel counts.
 """
 
 from __future__ import annotations

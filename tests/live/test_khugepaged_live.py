@@ -43,7 +43,7 @@ def pace(pages_to_scan: int) -> Tunables:
 
 
 def written(puppet: Puppet, *pages: int, advice: int = MADV_HUGEPAGE) -> int:
-    """A mapping of as many PMD ranges, of each of which the first so many pages are written."""
+    """Map one PMD range for each number, and write that many of its first pages."""
     address = puppet.map(len(pages) * PMD_SIZE, advice=advice)
     for row, count in enumerate(pages):
         puppet.write(address + row * PMD_SIZE, count)

@@ -1,4 +1,4 @@
-"""What :mod:`mthp.linux` does with difficult processes: gone, going, somebody else's, sparse, or no process at all."""
+""":mod:`mthp.linux` on difficult processes: ended, ending, of another user, sparse, or without memory."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_a_change_before_the_stop_is_the_reason_of_its_block(
     reason: str,
     query: int,
 ) -> None:
-    """The blocks beside it are moved, also those that are judged again because their mapping is another now."""
+    """The other blocks are moved, also those that are checked again because their mapping changed."""
     address = actor.map(PMD_SIZE)
     actor.fill(address, 4 * 16)
     stop, stops = FrozenProcess.stop, 0

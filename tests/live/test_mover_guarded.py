@@ -1,6 +1,6 @@
-"""Own memory moved while other threads use it: no byte wrong, the folios as wanted, one mapping still one mapping.
+"""Move own memory while other threads use it: every byte right, the requested folios, and one mapping stays one.
 
-What could hang (a guard that nobody lifts) runs in a process of its own, with a time limit.
+A test that could hang (on a guard that stays) runs in a process of its own, with a time limit.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def test_under_threads_that_write_and_check(
         for _ in range(3):
             tally += results(collapse_own(address, size, order, journal=journal))
             seen.append(orders(address, size))
-            # Small pages again: a byte of each is written by nobody's leave but the kernel's.
+            # Small pages again: write a byte of each.
             make_small(address, size, order)
     finally:
         errors = hammer.hammer_stop(running, ctypes.byref(rounds))
@@ -436,7 +436,7 @@ def test_rolled_back_when_there_is_no_place_for_the_twin(
 
 
 def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJournal) -> None:
-    """Registered with an io_uring, whose reads would go to the old page. The process is refused, and so is the page."""
+    """Memory is registered with an io_uring, and its reads would go to the old page. Process and page are refused."""
     size = 1 << 20
     address = memory(size)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -463,7 +463,7 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
 def test_a_large_folio_that_a_pipe_holds_is_left_alone(
     memory: Callable[[int], int], journal: SwitchJournal, thp_switches: ThpSwitches
 ) -> None:
-    """Some kernels would try to move it for as long as it is held, and this thread could not let go of it."""
+    """Some kernels retry the move while it is pinned, and this thread could not unpin it."""
     address = memory(4 * K64)
     collapse_own(address, 4 * K64, 4, journal=journal)
     assert orders(address, 4 * K64) == {4: 64}

@@ -64,7 +64,7 @@ class Victim:
         return f"signals blocked: {self.blocked_signals():#x}" if self.blocked_signals() else "intact"
 
     def blocked_signals(self) -> int:
-        """The signals that a thread of the target blocks besides that of the handler that it may be in."""
+        """Return the signals that a thread of the target blocks, without that of a running handler."""
         blocked = 0
         for status in Path(f"/proc/{self.target.pid}/task").glob("*/status"):
             mask = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk:"))

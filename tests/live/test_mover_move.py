@@ -137,8 +137,8 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_bloc
                 stop.set()
                 sender.join()
                 assert wait_for(lambda: target.get("realtime_signals") == sent)
-                # Without writers and children, whose copies on write are pages of their own, folios stay as they were
-                # made. What the kernel still holds pieces of (EAGAIN) is not moved, and said so.
+                # Without writers and children there is no copy on write, so folios stay as they were made. Pages that
+                # the kernel still holds (EAGAIN) are not moved, and reported.
                 target.set("stop", 1)
                 assert wait_for(lambda: len(list(Path(f"/proc/{target.pid}/task").iterdir())) == 1)
                 make_whole(process, target)

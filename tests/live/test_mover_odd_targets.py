@@ -55,7 +55,7 @@ def test_a_thread_of_the_kernel_is_known_by_its_registers(monkeypatch: pytest.Mo
 
 
 def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All threads were looked at just before the stop; whoever is to run our code is looked at again after it."""
+    """All threads are checked just before the stop; the thread that runs the stub is checked again after it."""
     monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: dict.fromkeys(range(1 << 22)))
     with program(SECCOMP) as (pid, _), Process(pid) as process:
         before = mappings(pid)
@@ -68,7 +68,7 @@ def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkey
 def test_a_frozen_target_gets_its_registers_back(
     tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its threads can be stopped, but run nothing of ours; and whoever kills us meanwhile would kill it."""
+    """Its threads can be stopped but cannot run the stub, and killing mthp meanwhile would kill it."""
     monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         frozen_cgroup(target.pid)
@@ -86,7 +86,7 @@ def test_a_frozen_target_gets_its_registers_back(
 def test_a_target_frozen_at_work_is_left_to_itself(
     tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It finishes the window by itself when it is thawed; nobody waits for that."""
+    """It finishes the window by itself when it is thawed; mthp does not wait for that."""
     monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
 
@@ -267,7 +267,7 @@ def test_a_dead_first_thread_is_not_waited_for() -> None:
 
 
 def test_a_thread_outside_of_restartable_sequences_is_preferred() -> None:
-    """Whoever is inside of one has to begin it again after having run our code."""
+    """A thread inside of one must begin it again after it ran the stub."""
     tracees = {tid: SimpleNamespace(tid=tid, rseq_abort=abort) for tid, abort in ((1, 7), (2, 0), (3, 0))}
     frozen = cast("Any", SimpleNamespace(tracees=tracees, process=SimpleNamespace(pid=1)))
     assert inject.choose(frozen).tid == 2
@@ -315,7 +315,7 @@ def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
 def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It cannot be blocked, and stops the thread that makes them; afterwards the process is stopped, as it was told."""
+    """SIGSTOP cannot be blocked, and stops the thread that runs the stub; afterwards the process is stopped."""
     sent = 0
 
     def stop(step: Step) -> None:

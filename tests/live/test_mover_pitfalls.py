@@ -1,4 +1,4 @@
-"""What goes wrong with a mover that does not know of it, and is not covered where its own matter is tested."""
+"""Pitfalls of the mover that the tests of its parts do not cover."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], C
 def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
     tmp_path: Path, thp_switches: ThpSwitches
 ) -> None:
-    """Nobody has refused the process here; the kernel refuses the pages."""
+    """The process is not refused; the kernel refuses the pages."""
     # Some kernels would try to split a pinned folio for as long as it is pinned: linux/mover/refuse/pinned.
     thp_switches.only()
     with uring_target(tmp_path) as (pid, word, outcome):
@@ -92,7 +92,7 @@ time.sleep(600)
 
 
 def test_a_large_folio_that_a_pipe_holds_is_left_alone() -> None:
-    """Some kernels would try to split it for as long as it is held, while the target stands still."""
+    """Some kernels retry the split while it is pinned, with the target stopped."""
     order, size = ORDER + 1, 2 * BLOCK
     with program(IN_A_PIPE) as (pid, said), open_live(pid) as space:
         base = int(said)

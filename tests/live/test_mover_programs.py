@@ -1,6 +1,6 @@
-"""Programs that nobody changed for this, collapsed while they work: redis-server, PostgreSQL, a JVM, CPython.
+"""Collapse unmodified programs while they work: redis-server, PostgreSQL, a JVM, CPython.
 
-Each has its results checked by somebody who knows them, and serves on. A program that is not installed is skipped
+Each must return the known results, and go on serving. A program that is not installed is skipped
 (Debian: redis-server, postgresql and postgresql-contrib, openjdk-17-jdk-headless).
 """
 
@@ -164,7 +164,7 @@ class Redis:
 
 def test_redis(tmp_path: Path) -> None:
     path = tmp_path / "redis"
-    # It switches THP off for itself unless it is told not to.
+    # By default it switches THP off for itself.
     options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--disable-thp", "no", "--dir", str(tmp_path)]
     benchmark = program("redis-benchmark")
     with running([program("redis-server"), *options], stdout=subprocess.DEVNULL) as server:
@@ -337,7 +337,7 @@ print(sorted(expected.items()), flush=True)
 
 
 def _computes(command: Sequence[str | Path]) -> None:
-    """The program gives the same result, undisturbed and collapsed meanwhile, and finds none of its own wrong."""
+    """The program has the same result when it is collapsed meanwhile, and its own checks pass."""
     alone = subprocess.run([*map(str, command), "0"], check=True, capture_output=True, text=True).stdout
     with running([*command, str(int(SECONDS * 1000))], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,6 +1,6 @@
-"""What is asked once more after the stop: a target changes between the two, and each change is noticed.
+"""Checks after the stop: a target changes between check and stop, and each change is noticed.
 
-A target carries out what it is told, line by line, after it was judged and before it is stopped. No switch is set.
+A target executes lines of a program after it was checked and before it is stopped. No switch is set.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ for child in children:
 
 @contextlib.contextmanager
 def obedient() -> Iterator[tuple[LiveAddressSpace, int, Callable[[str], None]]]:
-    """A process that does what it is told: its address space, a block in it, and what tells it."""
+    """A process that executes lines: its address space, a block in it, and its standard input."""
     with subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", PREAMBLE + OBEY],
         stdin=subprocess.PIPE,
@@ -78,7 +78,7 @@ def obedient() -> Iterator[tuple[LiveAddressSpace, int, Callable[[str], None]]]:
 
 
 def objection_after(change: str, *, fill: bool = False, second: bool = False) -> Objection | None:
-    """What speaks against a block of a process that does `change` between being judged and being stopped.
+    """Return the refusal of a block of a process that executes `change` between the check and the stop.
 
     The block is the first or the `second` of two in a mapping.
     """
@@ -94,7 +94,7 @@ def objection_after(change: str, *, fill: bool = False, second: bool = False) ->
 
 
 def asked(space: LiveAddressSpace, block: int, before: Before) -> Objection | None:
-    """What speaks against a block once all threads stand still."""
+    """Return the refusal of a block once all threads are stopped."""
 
     def ask() -> Objection | None:
         frozen = FrozenProcess(space.process)
@@ -122,7 +122,7 @@ SECCOMP = (
     "libc.prctl(38, 1, 0, 0, 0); assert libc.prctl(22, 2, ctypes.byref(rules)) == 0"
 )
 PINNED = (
-    # Root may pin what it likes, and since Linux 7.2 nobody counts that.
+    # Root may pin without limit, and since Linux 7.2 VmPin does not count that.
     "os.setresuid(65534, 65534, 65534);"
     "ring = call(425, 4, ctypes.create_string_buffer(120));"
     "call(427, ring, 0, ctypes.create_string_buffer(struct.pack('QQ', base + BLOCK, BLOCK)), 1)"

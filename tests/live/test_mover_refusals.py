@@ -56,7 +56,7 @@ setup = ctypes.create_string_buffer(120)
 struct.pack_into("I", setup, 8, 2)
 ring = call(425, 4, setup)
 """
-# Root may pin what it likes, and since Linux 7.2 nobody counts that.
+# Root may pin without limit, and since Linux 7.2 VmPin does not count that.
 PINNED = f"""
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 {IO_URING}
@@ -184,7 +184,7 @@ def test_the_sharer_is_named() -> None:
 
 
 def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a kernel without kcmp(2), or where the other process is somebody else's."""
+    """As on a kernel without kcmp(2), or if the other process belongs to another user."""
     monkeypatch.setattr(sharing, "kcmp", lambda *_: None)
     with target(SHARER) as space:
         until(lambda: "shared_vm_unknown" in refusals(space), "the one who shares the memory")
@@ -237,7 +237,7 @@ def test_itself_and_its_ancestors() -> None:
 
 
 def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where rights do not reach it, its number alone is looked at."""
+    """Without rights over it, only its number is checked."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
         init = process_refusals._init(
@@ -256,7 +256,7 @@ def test_a_frozen_process(frozen_cgroup: Callable[[int], None]) -> None:
 
 
 def in_child(function: Callable[[], set[str]], *, as_nobody: bool = False) -> set[str]:
-    """What `function` gives in a child of this process, without rights if that is wanted."""
+    """Return the result of `function` in a child of this process, optionally without rights."""
     ours, theirs = os.pipe()
     import_all()
     pid = os.fork()
@@ -279,7 +279,7 @@ def in_child(function: Callable[[], set[str]], *, as_nobody: bool = False) -> se
 
 @pytest.mark.parametrize(("code", "keys"), [("", NO_RIGHTS), (SECCOMP, {"seccomp", *NO_RIGHTS})])
 def test_without_rights_over_it(code: str, keys: set[str]) -> None:
-    """What anybody may see is said nevertheless."""
+    """Facts that need no rights are reported nevertheless."""
     with target(code) as space:
         comes_to_be(space, keys - NO_RIGHTS)
         assert in_child(lambda: set(refusals(space)), as_nobody=True) == keys

@@ -94,7 +94,7 @@ def test_an_interrupt_waits_for_the_end_of_the_window(
 def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody would wait for its end."""
+    """No thread would wait for its end."""
     begun: list[None] = []
     start = threading.Thread.start
 

@@ -179,9 +179,9 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
     thp_switches: ThpSwitches, machine: None, monkeypatch: pytest.MonkeyPatch, call: str, step: Step
 ) -> None:
-    """Whoever waits for a signal that has come, and been handled, would wait for ever otherwise.
+    """A thread that waits for a signal would otherwise wait for ever after the signal was handled.
 
-    The thread is the one that runs our code, as there is no other.
+    It is the only thread, so it runs the stub.
     """
     thp_switches.only(BLOCK_SIZE, word="always")
     interrupted = f"-1 {errno.EINTR}\n"

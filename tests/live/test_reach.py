@@ -35,7 +35,7 @@ POINTS = 0.05
 RANGES = 32
 MEANS = Means(max_bloat=None, reserve=Amount(size=0))
 SMALL_MACHINE = 4 << 30
-"""Bytes of memory up to which a machine is taken to be a guest of the lab, whose memory may be fragmented."""
+"""A machine with at most this many bytes counts as a guest of the kernel lab, so its memory may be fragmented."""
 
 HOG = """
 import mmap, sys
@@ -102,7 +102,7 @@ def test_the_room_of_a_cgroup_limits_what_is_in_reach(target: Actor) -> None:
 
 @contextlib.contextmanager
 def fragmented(left: int, holes: int) -> Iterator[None]:
-    """Leave so many bytes free, and as many more as half of `holes` in single pages."""
+    """Leave `left` bytes free, and half of `holes` more in single pages."""
     meminfo = Path("/proc/meminfo").read_text()
     total, free = (parse_meminfo(meminfo, name) or 0 for name in ("MemTotal", "MemFree"))
     if total > SMALL_MACHINE:

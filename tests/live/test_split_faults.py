@@ -51,7 +51,7 @@ def puppet() -> Iterator[Puppet]:
 
 
 class Staged(SplitFile):
-    """The system's file, before whose n-th write something happens."""
+    """The system's file. A callback runs before its n-th write."""
 
     def __init__(self, stage: Callable[[], object], at: int = 0, refuses: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def staged(space: LiveAddressSpace, file: SplitFile, blocks: list[Block]) -> lis
 
 
 def of_several_orders(puppet: Puppet, seed: int) -> Target:
-    """A target whose layout takes more than one write."""
+    """A target with a layout that takes more than one write."""
     rng = random.Random(seed)
     while True:
         target = Target(puppet, puppet.map(PMD_SIZE), rng)
@@ -109,7 +109,7 @@ def test_a_pin_between_the_steps_is_told_as_bloat(puppet: Puppet, step: int) -> 
         assert (target.contents() == target.bytes).all()
         resident = resident_of(puppet.pid, target.address) // PAGE_SIZE
         orders = target.orders(space)
-        # What is resident is what the blocks have and what is told to have stayed.
+        # The resident memory is that of the blocks and the fill that is reported to remain.
         left = sum(outcome.left_filled for outcome in outcomes)
         kept = sum(1 for outcome in outcomes if outcome.result is not ScanResult.SUCCEED)
         assert resident == int((orders >= 0).sum())

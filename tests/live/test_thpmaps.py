@@ -92,6 +92,6 @@ def test_every_figure_is_that_of_thpmaps(target: int) -> None:
     expectations = [word for order in SIZES for word in ("--expect", f"order={order}>=0%")]
     for size, check in zip(SIZES.values(), mthp_json("verify", target, *expectations)["checks"], strict=True):
         mapped = theirs[f"anon-cont-pmd-aligned-{size}"]
-        # A 2M folio that PTEs map has no PMD entry: that is no use of 2M.
+        # A 2M folio that PTEs map has no PMD entry, so it does not count as 2M.
         mapped += theirs[f"anon-cont-pte-aligned-{size}"] if size != "2048kB" else 0
         assert check["share"] * check["resident_bytes"] == pytest.approx(mapped)

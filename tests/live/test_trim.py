@@ -232,7 +232,7 @@ trim.Trimmer._one = one
     assert subprocess.run([sys.executable, "-c", killed + script], check=False).returncode == -signal.SIGKILL
     assert [resident(puppet.pid, address) < PAGES for address in addresses] == [n < done for n in range(4)]
     assert "TracerPid:\t0\n" in Path(f"/proc/{puppet.pid}/status").read_text()
-    # And another run gives back what is left.
+    # Another run returns the rest.
     subprocess.run([sys.executable, "-c", script], check=True)
     for address in addresses:
         assert resident(puppet.pid, address) < PAGES

@@ -1,4 +1,4 @@
-"""Memory that is registered with userfaultfd: no none PTE of it may be filled, by plan and by deed."""
+"""Memory that is registered with userfaultfd: no none PTE of it may be filled, in a plan or a collapse."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_what_an_administrator_has_set_meanwhile_stays(tmp_path: Path, thp_switc
 
 
 def test_a_stopped_collapse_goes_on(tmp_path: Path) -> None:
-    """While it is stopped, switches are back. Then it goes on with its batch, whose orders it verifies, and ends."""
+    """While it is stopped, switches are put back. Then it continues its batch, verifies the orders, and ends."""
     words = switches()
     with Writers(tmp_path, 2, 16) as target:
         command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
