@@ -32,7 +32,7 @@ class MemoryCgroup:
         (self.directory / ("memory.limit_in_bytes" if self._is_v1 else "memory.max")).write_text(str(size))
 
     def forbid_swap(self) -> None:
-        """Have nothing of its processes swapped out, where that can be said."""
+        """Forbid swapping out memory of its processes, where the file for that exists."""
         file = self.directory / "memory.swap.max"
         if file.exists():
             file.write_text("0")

@@ -89,8 +89,8 @@ class Writers:
 
     Attributes:
         pid: its PID.
-        base, size: its memory: so many MiB with pages of 4 KiB, and with others as many pages, but a PMD range at least
-            where 4 KiB make two.
+        base, size: its memory: `megabytes` MiB with pages of 4 KiB, with larger pages as many pages, but at
+            least one PMD range where 4 KiB make two.
     """
 
     def __init__(self, directory: Path, threads: int, megabytes: int, flags: str = "-") -> None:
@@ -99,7 +99,7 @@ class Writers:
         megabytes = max(megabytes * GEOMETRY.page_size // 4096, whole_ranges)
         path = directory / f"writers-{time.monotonic_ns()}"
         path.write_bytes(b"\0" * (8 * (len(_WORDS) + 2 * MAX_THREADS)))
-        # An emulated processor is too slow to be shared with so many: what is tested goes first.
+        # An emulated processor is too slow for all threads, so the tested program has priority.
         flags += "n" if FACTOR > 1 else ""
         self.process = subprocess.Popen([compiled("mover_writers"), str(path), str(threads), str(megabytes), flags])
         self.pid = self.process.pid
@@ -195,14 +195,14 @@ SYSCALLS = (
 """What the threads of ``programs/mover_syscalls.c`` call, by number."""
 
 SYSCALL_TIMEOUT = 0.02
-"""After so many seconds those that can time out do, in every second turn."""
+"""Seconds after which calls that can time out do so, in every second turn."""
 
 _MAX_TURNS = 512
 _RECORD_WORDS = 4
 
 
 class Syscalls:
-    """A process whose threads each make one system call over and over. A context manager; leaving it ends the process.
+    """A process with a thread for each system call, which repeats it. A context manager; leaving it ends the process.
 
     Attributes:
         pid: its PID.
@@ -252,7 +252,7 @@ class Syscalls:
 
 
 class Waiters:
-    """A process whose threads each wait in another system call. A context manager; leaving it ends the process.
+    """A process with threads that wait in different system calls. A context manager; leaving it ends the process.
 
     Attributes:
         pid: its PID.
@@ -289,7 +289,7 @@ class Waiters:
         return {name for name, result in self.not_waiting().items() if result == -errno.EINTR}
 
     def release(self) -> dict[str, int]:
-        """Make happen what they wait for; give what :meth:`not_waiting` says then."""
+        """Cause the events that the threads wait for, and return :meth:`not_waiting` afterwards."""
         struct.pack_into("=Q", self._control, 0, 1)
         wait_for(lambda: self.process.poll() is not None)
         return self.not_waiting()

@@ -1,17 +1,17 @@
-"""The five policies once more, one PMD range at a time, in plain loops: the other reading of the facts.
+"""The five policies again, one PMD range at a time, in plain loops: a second implementation.
 
-The engine in ``mthp.engine`` works on many ranges at once with bit planes and has to be fast; this module has
-to be obviously right. It was written from ``mm/khugepaged.c`` (``collapse_scan_pmd``, ``mthp.engine``,
+The engine in ``mthp.engine`` is fast, and works on many ranges at once with bit planes; this module must be obviously
+right. It was written from ``mm/khugepaged.c`` (``collapse_scan_pmd``, ``mthp.engine``,
 ``__collapse_huge_page_isolate``, ``collapse_max_ptes_*``), from the patches of Dev Jain's series
 (``hpage_collapse_scan_ptes``) and of the seed's second version (``khugepaged_scan_pmd``, ``khugepaged_scan_bitmap``),
-and from what kernels built with the series were recorded doing. It shares no code with the engine. The property tests
-let the two contradict each other; the recorded cases judge both.
+and from recordings of kernels built with the series. It shares no code with the engine. The property tests compare the
+two; the recorded cases check both.
 
-All runs are aligned here, as in a plan. (Dev Jain's series goes on behind a large folio at any page.)
+All runs are aligned here, as in a plan. (Dev Jain's series continues after a large folio at any page.)
 
-Three steps make up every policy. :func:`scan` looks at each PTE in turn and may end the matter. A walk picks
-aligned runs that are full enough. :func:`isolate` looks at such a run again, under the limits of its order; what it
-says is the result of the attempt.
+Every policy has three steps. :func:`scan` reads each PTE in turn, and may stop the policy. A walk chooses aligned runs
+that are full enough. :func:`isolate` reads such a run again, under the limits of its order, and returns the result of
+the attempt.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the person, or sysfs, asks for.
+    """The settings of a caller, or of sysfs.
 
     Attributes:
         orders: enabled orders.
         always: those of them whose own switch is ``always``.
-        khugepaged: whether khugepaged asks; otherwise MADV_COLLAPSE does.
+        khugepaged: whether khugepaged collapses; otherwise MADV_COLLAPSE does.
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range.
         mthp_min_order: order of a chunk of `rfc`.
     """
@@ -123,7 +123,7 @@ class Walk:
     attempts: list[tuple[int, int, ScanResult]] = field(default_factory=list)
 
     def add(self, offset: int, order: int, result: ScanResult) -> ScanResult:
-        """Record an attempt and give its result back."""
+        """Record an attempt and return its result."""
         self.attempts.append((offset, order, result))
         return result
 
@@ -178,10 +178,10 @@ def _range_result(walk: Walk) -> ScanResult:
 def scan(
     range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, skip_large: bool = False
 ) -> ScanResult:
-    """Look at each PTE of a run; the first hindrance is the result (collapse_scan_pmd).
+    """Read each PTE of a run, and return the first reason against a collapse (collapse_scan_pmd).
 
     Args:
-        skip_large: whether a page of a folio of `order` or larger is a hindrance.
+        skip_large: whether a page of a folio of `order` or larger is such a reason.
     """
     none = swapped = shared = referenced = 0
     for i in range(offset, offset + (1 << order)):

@@ -22,11 +22,11 @@ HOSTILE = (
     "\u202eevil\u0000\x1b[31m",
     "not-utf8-\udcff",
 )
-"""Names that somebody may have chosen."""
+"""Hostile names."""
 
 
 def mixed(start: int, ranges: int, density: float, name: str = "", *, seed: int = 1) -> Mapping:
-    """An anonymous mapping whose PMD ranges are full to different degrees, with folios of several orders."""
+    """An anonymous mapping with PMD ranges of different fullness, and folios of several orders."""
     rng = np.random.default_rng(seed)
     pages = ranges * 512
     state, order = np.zeros(pages, np.uint16), np.full(pages, ORDER_NONE, np.int8)
@@ -57,7 +57,7 @@ def redis_like() -> FakeSpace:
 
 
 def hostile() -> FakeSpace:
-    """A process that chose its names to harm who reads them."""
+    """A process with hostile names."""
     mappings = [mixed((at + 1) << 32, 2, 0.6, name) for at, name in enumerate(HOSTILE)]
     return FakeSpace(mappings, label=f"1 ({HOSTILE[0]}{HOSTILE[1]}{HOSTILE[2]})", kernel=HOSTILE[1])
 

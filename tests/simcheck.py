@@ -1,7 +1,7 @@
-"""What must hold of a machine between any two calls, written down once and checked from scratch.
+"""Invariants of a simulated machine between any two calls.
 
-Each part below counts anew from page tables and free lists what the machine keeps account of, and says where the two
-differ. It costs as much as the machine has frames and entries.
+Each check below counts from page tables and free lists what the machine counts as it goes, and reports differences. Its
+cost grows with the number of frames and entries.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _mapped_pages(parts: Parts) -> dict[int, NDArray[np.int64]]:
 
 
 def _mappings(parts: Parts) -> list[str]:
-    """Mapcounts, of pages and of large folios, are those that the page tables give; so are RSS."""
+    """Check mapcounts, of pages and of large folios, and RSS against the page tables."""
     memory, wrong = parts.memory, []
     frames = len(memory.flags)
     mapped = _mapped_pages(parts)

@@ -23,7 +23,7 @@ class Churn:
     """
 
     def __init__(self, threads: int, megabytes: int, percent: int, flags: str = "-") -> None:
-        # An emulated processor is too slow to be shared with so many threads: what is tested goes first.
+        # An emulated processor is too slow for all threads, so the tested program has priority.
         flags += "n" if FACTOR > 1 else ""
         command = [str(compiled("split_churn")), str(threads), str(megabytes), str(percent), flags]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

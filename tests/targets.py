@@ -1,11 +1,10 @@
-"""Target processes for live tests: puppets that map, touch and advise memory as they are told.
+"""Target processes for live tests: puppets that map, touch and advise memory on command.
 
-A :class:`Puppet` is a Python process of its own that runs this very file. It says "ready" on its standard output,
-then obeys one JSON object a line on its standard input and answers each with one. So a test can change the machine's
-switches between two steps of its target, and always knows what has been done when it looks.
+A :class:`Puppet` is a Python process that runs this file. It prints "ready" on its standard output, then executes one
+JSON object a line from its standard input, and answers each with one. So a test can change the machine's switches
+between two steps of its target, and knows which steps are done.
 
-The puppet's memory is mapped with mmap(2) through ctypes, never by the heap, so its layout is exactly what was asked
-for.
+The puppet maps its memory with mmap(2) through ctypes, never by the heap, so its layout is exactly as requested.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ def _pmd_size() -> int:
 
 
 PMD_SIZE = _pmd_size()
-"""What one entry of the PMD maps; without THP what it maps on most machines, whose tables are pages of 64-bit words."""
+"""Memory that one PMD entry maps; without THP as on most machines, where tables are pages of 64-bit words."""
 
 PMD_ORDER = (PMD_SIZE // PAGE_SIZE).bit_length() - 1
 
 
 class Puppet:
-    """A process that does what it is told. A context manager: leaving it ends the process.
+    """A process that executes commands. A context manager: leaving it ends the process.
 
     Attributes:
         pid: its PID.
@@ -70,7 +69,7 @@ class Puppet:
         return answer
 
     def tell(self, verb: str, *arguments: int) -> int:
-        """Have it do one thing, one of the functions in `_VERBS`, and give what that returns.
+        """Execute one of the functions in `_VERBS` there, and return its result.
 
         Raises:
             OSError: the system call failed.
@@ -81,7 +80,7 @@ class Puppet:
         return int(self._answer())
 
     def map(self, size: int, *, shared: bool = False, advice: int | None = None) -> int:
-        """Map `size` bytes of anonymous memory, alone and aligned to a PMD range, and give the address."""
+        """Map `size` bytes of anonymous memory, alone and aligned to a PMD range, and return the address."""
         address = self.tell("map", size, int(shared))
         if advice is not None:
             self.tell("madvise", address, size, advice)
@@ -131,7 +130,7 @@ class Puppet:
         self.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                # What it was told last, if it died before it heard of it.
+                # The last command, if it died before reading it.
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
@@ -194,12 +193,12 @@ def write_pages(address: int, pages: int, step: int) -> int:
 
 
 def read_pages(address: int, pages: int, step: int) -> int:
-    """Read one byte of each of `pages` pages, `step` pages apart; give the sum."""
+    """Read one byte of each of `pages` pages, `step` pages apart, and return the sum."""
     return sum(ctypes.string_at(address + page * step * PAGE_SIZE, 1)[0] for page in range(pages))
 
 
 def fork() -> int:
-    """Start a child that shares all memory and lives until this process does not; give its PID."""
+    """Start a child that shares all memory and lives as long as this process, and return its PID."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -245,7 +244,7 @@ def set_thp_disable(disable: int, flags: int = 0) -> int:
 
 
 def start_thread() -> int:
-    """Start a thread that sleeps; give its TID."""
+    """Start a thread that sleeps, and return its TID."""
     thread = threading.Thread(target=threading.Event().wait, daemon=True)
     thread.start()
     assert thread.native_id is not None

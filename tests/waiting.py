@@ -1,8 +1,8 @@
 """Waiting in tests: for conditions, never for times.
 
-The one time here is a limit on the waiting itself, after which a test gives up. It says nothing about how fast anything
-is: a machine that is slow, cold, or busy with other things needs many times what a calm one does. Where it is emulated,
-MTHP_TEST_PATIENCE makes the limit longer by a factor, and so the pauses that tests allow to the mover.
+The only time here is a limit on the waiting, after which a test gives up. It is not a measure of speed, because a slow,
+cold or busy machine needs many times longer than an idle one. On an emulated one, MTHP_TEST_PATIENCE multiplies the
+limit, and the pauses that tests allow the mover.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Golden cases that somebody altered: replayed, or refused with the name of the case."""
+"""Altered golden cases: replayed, or refused with the name of the case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots, recordings and traces that somebody altered: a UsageError or an address space, never anything else."""
+"""Altered snapshots, recordings and traces: a UsageError or an address space, never another outcome."""
 
 from __future__ import annotations
 

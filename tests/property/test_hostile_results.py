@@ -1,4 +1,4 @@
-"""Results that somebody altered: `mthp report` refuses them or shows them, and takes no more memory than a result."""
+"""Altered results: `mthp report` refuses or shows them, with no more memory than for a result."""
 
 from __future__ import annotations
 

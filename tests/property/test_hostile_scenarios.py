@@ -1,4 +1,4 @@
-"""Scenarios that are too long or too large: what they will take is said beforehand, and Ctrl-C keeps what is done."""
+"""Scenarios that are too long or too large: a message states their cost first, and Ctrl-C keeps the rows so far."""
 
 from __future__ import annotations
 

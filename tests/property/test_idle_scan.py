@@ -132,7 +132,7 @@ _CHANGES: dict[str, Callable[[Machine, Mm, int, int], object]] = {
 
 
 def life_of(world: World, passes: int = 4) -> dict[str, Any]:
-    """Everything that can be told from outside after a few passes."""
+    """Return everything that is visible from outside after some passes."""
     machine, mm = world.made()
     told: list[Passage] = []
     machine.khugepaged._listener = lambda slot, passage: told.append(passage)

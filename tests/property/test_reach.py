@@ -37,7 +37,7 @@ MEANS = Means(max_bloat=None, reserve=Amount(size=0))
 
 
 class Bounded(SimSpace):
-    """An address space whose cgroup is seen, on a machine that drops no cache, and compacts only where it may.
+    """An address space with a visible cgroup, on a machine that drops no cache and compacts only where it may.
 
     Attributes:
         may_compact: whether memory is compacted where no folio is free.
@@ -90,7 +90,7 @@ def state(seed: int) -> tuple[Machine, Bounded, PlanOptions, str]:
     left = int(ranges * N * share) + chance.choice([40, 140, 400, 1000])
     taken = max(0, machine.parts.memory.free_frames - left)
     grow(machine, [(other, START, taken, 1.0), (mm, START + huge * HUGE, ranges * N, share)], chance, shuffled)
-    # And give some back.
+    # And free some.
     freed = chance.choice([0.0, 0.1, 0.3]) if taken else 0.0
     for at in chance.sample(range(taken // 8), int(freed * (taken // 8))):
         machine.munmap(other, START + at * 8 * PAGE, START + (at + 1) * 8 * PAGE)
@@ -119,7 +119,7 @@ def huge_part(machine: Machine, mm: Mm, huge: int, chance: random.Random) -> int
 
 
 def grow(machine: Machine, programs: list[tuple[Mm, int, int, float]], chance: random.Random, shuffled: bool) -> None:
-    """Let programs write a share of so many pages from an address on, by turns, in their order or in any."""
+    """Let each program write its share of its pages, in turn, in address order or at random."""
     numbers = np.random.default_rng(chance.randrange(1 << 30))
     turns: list[tuple[float, Mm, NDArray[np.int64]]] = []
     for mm, start, count, share in programs:

@@ -1,4 +1,4 @@
-"""The walk over one PMD range makes the attempts that a plan foretells, one by one, if each ends as foretold."""
+"""The walk over one PMD range makes the attempts that a plan predicts, one by one, if each ends as predicted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base
 
 
 class Neighbourly(Policy):
-    """Somebody's own: two thirds full, and no folio of half the size in it; swap and shared pages in proportion."""
+    """A user's policy: two thirds full, without a folio of half the size; swap and shared pages in proportion."""
 
     name = "neighbourly"
 
@@ -51,7 +51,7 @@ POLICIES = {**{name: policy() for name, policy in BUILT_IN.items()}, "own": Neig
 
 
 class Page:
-    """One PMD range whose attempts end as its planes say, which it notes."""
+    """One PMD range with attempts that end as its planes say, and that it records."""
 
     as_it_was = False
 

@@ -112,7 +112,7 @@ def test_the_fake_passes() -> None:
 
 
 def broken(space: FakeSpace, name: str, change: Callable[..., object]) -> None:
-    """Let `change` have what a method of `space` gives."""
+    """Pass the result of a method of `space` through `change`."""
     original = getattr(space, name)
     setattr(space, name, lambda *given: change(original(*given), *given))
 

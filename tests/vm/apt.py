@@ -1,8 +1,8 @@
-"""Packages of the distribution, for any architecture, without touching what the machine has installed.
+"""Fetch packages of the distribution, for any architecture, without changing the installed ones.
 
-An apt of our own: a directory with its own configuration, lists and status, one for each architecture, whose sources
-are derived from the machine's: the same archive and the same keys, other suites. So it is apt that fetches, and apt
-that checks signatures and hashes, and no address is written down here.
+Each architecture has a directory with its own configuration, lists and status of apt. The sources are derived from the
+machine's: the same archive and the same keys, other suites. So apt fetches, apt checks signatures and hashes, and no
+address is in this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUITES = ("bookworm", "bookworm-backports", "trixie", "trixie-backports", "unsta
 """Where kernels of many versions are, from the oldest to the newest; backports keep what they had before."""
 
 FRESH_SECONDS = 24 * 3600
-"""So long lists count as fresh."""
+"""Seconds for which lists count as fresh."""
 
 _SYSTEM = Path("/etc/apt")
 
@@ -30,7 +30,7 @@ is read behind that of a file of ours."""
 
 
 class LabError(Exception):
-    """The lab cannot do what was asked; the text says what would make it so."""
+    """The kernel lab cannot do this; the text says how to change that."""
 
 
 class UnreachableError(LabError):
@@ -52,10 +52,10 @@ class Source:
 
 
 def system_source() -> Source:
-    """The archive of the distribution, as the machine's own apt is told of it.
+    """Return the archive of the distribution, from the configuration of the machine's apt.
 
     Raises:
-        LabError: apt is told of none.
+        LabError: apt has none.
     """
     texts = [path.read_text() for path in _source_files() if path.exists()]
     for text in texts:
@@ -101,16 +101,16 @@ class Apt:
         return self.root / "cache/archives"
 
     def refresh(self) -> None:
-        """Fetch the lists of the suites, if those here are not fresh.
+        """Fetch the lists of the suites, unless those here are fresh.
 
         Raises:
-            LabError: none can be had; UnreachableError if that is because nobody answers.
+            LabError: no list can be fetched; UnreachableError if no server answers.
         """
         stamp = self.root / "refreshed"
         if stamp.exists() and time.time() - stamp.stat().st_mtime < FRESH_SECONDS:
             return
         self._configure()
-        # A list that is just being replaced in the archive is no reason to do without the others.
+        # A list that the archive is just replacing does not stop the others.
         for patience in (0, 5, 15):
             time.sleep(patience)
             done = self._run(["apt-get", "update", "-oAcquire::Retries=0"], check=False)
@@ -155,7 +155,7 @@ class Apt:
         }
         text = "".join(f'{key} "{value}";\n' for key, value in settings.items())
         text += f'#clear APT::Architectures;\nAPT::Architectures {{ "{self.architecture}"; }};\n'
-        # What the machine does after its own installs is no concern of ours, nor may it empty our cache.
+        # Hooks of the machine must not run here, and must not empty this cache.
         text += (
             "#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
         )
@@ -171,7 +171,7 @@ class Apt:
 
     @functools.cache  # noqa: B019 -- there are a few of these in a run
     def names(self, prefix: str) -> list[str]:
-        """The packages whose names begin with `prefix`."""
+        """Return the packages with names that begin with `prefix`."""
         self.refresh()
         return self._run(["apt-cache", "pkgnames", prefix]).stdout.split()
 

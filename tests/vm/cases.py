@@ -161,7 +161,7 @@ def _order(state: str) -> int:
 
 
 def shrunk(spec: Spec, differs: Callable[[Spec], bool], tries: int = 200) -> Spec:
-    """A case as small as can be found in so many `tries`, of which `differs` still holds."""
+    """Return the smallest case found in `tries` tries for which `differs` still holds."""
     left = tries
 
     def check(candidate: Spec) -> bool:

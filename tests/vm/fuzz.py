@@ -21,10 +21,10 @@ from vm.recorder import Recorder, RefusedError, Spec, recorder
 from vm.splits import split_specs
 
 GUEST_SECONDS = 1800
-"""A guest is replaced by a fresh one after so long."""
+"""Seconds after which a fresh guest replaces one."""
 
 SHRINK_SECONDS = 60
-"""Making a case smaller may go on for so long when time is over."""
+"""Seconds for making a case smaller after the time is over."""
 
 KINDS: dict[str, Callable[..., Iterator[Spec]]] = {
     "random": random_specs,
@@ -66,14 +66,14 @@ class Findings:
 def fuzz(
     kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, kind: str = "random", shrink: bool = True
 ) -> Findings:
-    """Record random cases until there are so many, or time is over.
+    """Record random cases, up to a number and a time.
 
     Args:
         kernel: what to record.
-        seed: of all chance; the same kernel and seed give the same cases.
-        cases: at most so many.
-        seconds: for at most so long.
-        say: told of progress and of every difference.
+        seed: of all random numbers; the same kernel and seed lead to the same cases.
+        cases: the largest number.
+        seconds: the time limit.
+        say: called with progress and every difference.
         kind: of cases: a word of :data:`KINDS`.
         shrink: look for the smallest case that still differs.
 
@@ -191,7 +191,7 @@ def _shrunk(
 
 
 def write_cases(path: Path, cases: list[dict[str, Any]]) -> None:
-    """Write golden cases: JSON lines, compressed if the name ends in ``.gz``; the same cases give the same bytes."""
+    """Write golden cases: JSON lines, compressed if the name ends in ``.gz``; the same cases make the same bytes."""
     text = "".join(json.dumps(case, separators=(",", ":")) + "\n" for case in cases)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = text.encode()

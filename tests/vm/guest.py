@@ -35,7 +35,7 @@ QUIET = "quiet loglevel=3 panic=-1 random.trust_cpu=on"
 _TCG = "tcg,thread=multi"
 
 PROBE_SECONDS = 20
-"""So long a guest may take to show that KVM works; it takes a second or two."""
+"""Seconds in which a guest must show that KVM works; it takes one or two."""
 
 Listen = Callable[[str], None]
 """Told of every line that the job writes to ``$CHANNEL``."""
@@ -190,17 +190,17 @@ class Guest:
         self._follow(0, None)
 
     def wait(self, listen: Listen | None = None) -> Outcome:
-        """Wait for the job's end, or its time limit's; `listen` is told of each line that comes through the channel."""
+        """Wait for the end of the job or its time limit, and call `listen` with each line of the channel."""
         ended = self._follow(self._job.silence, listen)
         self._end()
         exit_code, files = _unpacked((self._directory / "files").read_bytes())
         return Outcome(exit_code, self.console, files, time.monotonic() - self._began, not ended)
 
     def _follow(self, patience: float, listen: Listen | None) -> bool:
-        """Take what comes from the console, and from the channel if somebody listens.
+        """Read the console, and the channel if there is a listener.
 
         Returns:
-            Whether they closed; otherwise time is over, or nothing came for `patience` seconds.
+            Whether they closed; otherwise the time is over, or no byte came for `patience` seconds.
         """
         assert self._process is not None
         assert self._process.stdout is not None
@@ -240,7 +240,7 @@ class Guest:
 
 
 def run(kernel: Kernel, job: Job, *, echo: bool = False, listen: Listen | None = None) -> Outcome:
-    """Boot, run, and wait; `listen` is told of each line that the job writes to ``$CHANNEL``."""
+    """Boot, run, and wait; call `listen` with each line that the job writes to ``$CHANNEL``."""
     with Guest(kernel, job, echo=echo) as guest:
         return guest.wait(listen)
 

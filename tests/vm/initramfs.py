@@ -94,10 +94,10 @@ def job_archive(script: str, files: dict[str, bytes] | None = None) -> bytes:
 
 
 def compiled_recorder(platform: Platform) -> Path:
-    """The recorder for a platform, compiled unless it is here and newer than its source.
+    """Return the recorder for a platform, compiled unless it is newer than its source.
 
     Raises:
-        LabError: there is no compiler, or it fails.
+        LabError: the compiler is missing, or it fails.
     """
     source = _HERE / "recorder.c"
     binary = cache_directory() / f"recorder-{platform.machine}"
@@ -108,12 +108,12 @@ def compiled_recorder(platform: Platform) -> Path:
 
 
 def compiled_targets(platform: Platform) -> dict[str, bytes]:
-    """The programs of the live tests for a platform, by name: a guest has no compiler.
+    """Return the programs of the live tests for a platform, by name, because guests have no compiler.
 
     Those that are written for another processor are left out.
 
     Raises:
-        LabError: there is no compiler.
+        LabError: the compiler is missing.
     """
     found = {}
     for source in SOURCES.glob("*.c"):

@@ -1,7 +1,7 @@
-"""The kernels of the lab: which the distribution has, and an unpacked one.
+"""The kernels of the kernel lab: those of the distribution, and an unpacked one.
 
-A kernel is asked for as ``7.3``, ``6.1`` (x86-64), ``7.3-arm64-16k`` or ``7.2-ppc64-64k``, and is the newest of that
-series to be had.
+A kernel is named ``7.3``, ``6.1`` (x86-64), ``7.3-arm64-16k`` or ``7.2-ppc64-64k``, which means the newest available of
+that series.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Kernel:
     """A kernel that is unpacked.
 
     Attributes:
-        name: as it was asked for.
+        name: as requested.
         release: of the package, such as ``7.3.4+deb13-cloud-amd64``.
         platform: what it runs on.
         root: where it is unpacked.

@@ -1,13 +1,13 @@
-"""mthp on each kernel: what `doctor` says there, the commands on a workload, and the live tests, as a table.
+"""Run mthp on each kernel: `doctor`, the commands on a workload, and the live tests, as a table.
 
-The live tests run as on any machine: what a kernel does not offer is skipped with the reason. The commands are run on
-a target that checks its own contents (`smoke.py`), and what became of it is read from the guest's own page tables.
+The live tests run as on any machine: tests of an ability that the kernel lacks are skipped with the reason. The
+commands run on a target that checks its own contents (`smoke.py`), and the result is read from the guest's page tables.
 
 The variables MTHP_TEST_* of the environment, which make tests longer or shorter, reach the guests.
 
-A guest tells of every test as it begins and as it ends (`telling.py`), so nothing is lost, whatever becomes of it. One
-whose time is over, or that has not said anything for long, is ended; the test it was at has failed, and a fresh guest
-goes on with the rest. What came of each test is kept in the lab's cache, by kernel.
+A guest reports the begin and the end of every test (`telling.py`), so no result is lost if it dies. A guest is ended
+when its time is over, or when it has been silent for long; its current test has failed, and a fresh guest runs the
+rest. The results are kept in the lab's cache, by kernel.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CELL = 32
 """Characters in a cell of the table."""
 
 GUEST_SECONDS = 2400
-"""A guest is replaced by a fresh one after so long."""
+"""Seconds after which a fresh guest replaces one."""
 
 SILENCE_SECONDS = 900
-"""And after so long without a word: one test takes less, on any machine."""
+"""Seconds of silence after which a guest is ended. A test takes less on any machine."""
 
 PATIENCE = 20
-"""By so much more than elsewhere the tests wait for what takes its time: an emulated processor is that slow."""
+"""Factor of every time limit of the tests, because an emulated processor is slow."""
 
 LOST = "the guest was lost in it"
 
@@ -149,7 +149,7 @@ def _digests() -> list[tuple[str, bytes]]:
 
 
 def live_files(chosen: tuple[str, ...] = ()) -> list[str]:
-    """The live tests' files, or those of them whose names hold one of the words `chosen`."""
+    """Return the files of the live tests, or those with one of the words `chosen` in their names."""
     names = sorted(path.name for path in LIVE.glob("test_*.py"))
     return [name for name in names if not chosen or any(word in name for word in chosen)]
 
@@ -286,6 +286,6 @@ def _cell(tests: dict[str, Test]) -> str:
 
 
 def _short(text: str) -> str:
-    """A sentence for a cell; what is longer is said beside the table."""
+    """Return a sentence for a cell; longer text stands below the table."""
     text = " ".join(text.split())
     return text if len(text) <= CELL else "FAILED" if text.startswith("FAILED") else f"{text[: CELL - 3]}..."

@@ -1,4 +1,4 @@
-"""The guest's end of the channel: what is told through it is with the host, whatever becomes of the guest."""
+"""The guest's end of the channel: the host has each line, even if the guest dies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Port:
-    """The port ``$CHANNEL``, one JSON object a line; without one, nothing is told."""
+    """The port ``$CHANNEL``, one JSON object a line. Without the variable, nothing is sent."""
 
     def __init__(self) -> None:
         place = os.environ.get("CHANNEL")

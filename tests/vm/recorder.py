@@ -25,13 +25,13 @@ from vm.kernels import Kernel
 Runs = list[list[Any]]
 
 CASE_SECONDS = 300
-"""So long an answer may take. The recorder gives a case up after 60."""
+"""Seconds to wait for an answer. The recorder gives up a case after 60."""
 
 # Documentation/admin-guide/mm/pagemap.rst
 _PRESENT, _SWAPPED, _UFFD_WP = 1 << 63, 1 << 62, 1 << 57
 _PFN = (1 << 55) - 1
 _SWAP_TYPE_BITS = 5
-# include/linux/swapops.h: what a marker, a swap entry of a type that is no device, says.
+# include/linux/swapops.h: kinds of markers, which are swap entries with a type that is not a device.
 _MARKER_GUARD = 1 << 2
 # include/uapi/linux/kernel-page-flags.h
 _KPF_ANON, _KPF_SWAPCACHE, _KPF_SWAPBACKED, _KPF_ZERO_PAGE, _KPF_MLOCKED = (1 << bit for bit in (12, 13, 14, 24, 33))
@@ -139,7 +139,7 @@ class Recorder:
         return golden_case(spec, answer, self._guest.kernel.version, self.geometry)
 
     def _warm_up(self) -> None:
-        """A case for nobody: with the first, khugepaged may still be busy with what it found when it was started."""
+        """Run a case without recording it, because khugepaged may be busy with memory found at its start."""
         n = self.geometry.ptes_per_pmd
         spec = Spec("khugepaged", (self.geometry.pmd_order,), (n - 1, n - 1, n - 1), (), ("anon",) * n)
         with contextlib.suppress(RefusedError):
@@ -168,7 +168,7 @@ class Recorder:
 
 @contextmanager
 def recorder(kernel: Kernel, seconds: float) -> Iterator[Recorder]:
-    """A guest with the recorder in it, for so long."""
+    """Run a guest with the recorder for `seconds`."""
     job = Job("exec recorder $CHANNEL", seconds=seconds, memory_mb=768)
     with Guest(kernel, job) as guest:
         found = Recorder(guest)
@@ -271,7 +271,7 @@ def _events(lines: list[str], pmd_order: int) -> tuple[dict[str, Any] | None, Ru
                 "unmapped": int(unmapped),
             }
             continue
-        # Kernels whose events name no order have no other than the PMD's.
+        # Kernels with events without an order have only the PMD's.
         order = int(of[1]) if (of := _ORDER.search(line)) else pmd_order
         if name == "isolate":
             none_or_zero, referenced, status = match.groups()

@@ -1,7 +1,7 @@
-"""Linux's own test of khugepaged with mTHP in a guest whose khugepaged sleeps, with `mthp daemon` in its place.
+"""Run Linux's own test of khugepaged with mTHP in a guest with `mthp daemon` in khugepaged's place.
 
 ``python3 -m vm.selftest MECHANISM ORDER ...`` runs in the guest; the host builds the test's program and sends it.
-The test sets khugepaged's rests itself, which would wake it; so it has files of its own for them, in place of the
+The test sets khugepaged's rests, which would wake it. So the guest has its own files for them, in place of the
 kernel's.
 """
 

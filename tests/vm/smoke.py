@@ -166,7 +166,7 @@ def daemon() -> str:
 
 
 def khugepaged() -> str:
-    """The same, by the kernel's own khugepaged, whose switches are put back."""
+    """Do the same by the kernel's khugepaged, and put its switches back."""
     # It has to know the target, and so some size has to be on; the smallest spoils nothing.
     with _only(2):
         before = _switches()
@@ -268,10 +268,10 @@ COMMANDS: dict[str, Callable[[], str]] = {
 
 
 def silence() -> mmap.mmap:
-    """Have the kernel's own khugepaged let the targets alone; gives memory to keep until the end.
+    """Keep the kernel's khugepaged away from the targets, and return memory to keep until the end.
 
-    It sleeps as long as it is told to only while it knows some process: the first to come onto its empty list wakes it
-    (__khugepaged_enter). So this process is on its list all the time, with a mapping of its own.
+    It sleeps for its whole rest only while its list has a process: the first process on an empty list wakes it
+    (__khugepaged_enter(), mm/khugepaged.c). So this process stays on the list, with a mapping of its own.
     """
     memory = mmap.mmap(-1, 2 * ThpSysfs().geometry().pmd_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -16,7 +16,7 @@ DONE = Path("/job/done")
 """Names of tests that are not to be run, one a line: earlier guests have."""
 
 WHY = 3000
-"""Characters of a failure, or of what a test said, that are told; the end says most."""
+"""Characters of a failure or of a test's output that are sent, from the end, which matters most."""
 
 
 class Telling:

@@ -34,10 +34,10 @@ def need(program: str, packages: Sequence[str]) -> None:
 
 
 def programs_with_libraries(names: Sequence[str]) -> dict[str, bytes]:
-    """Return programs of this machine for a guest whose libraries are others: files by path, to run as bin/NAME.
+    """Return programs of this machine for a guest with other libraries: files by path, to run as bin/NAME.
 
     Raises:
-        LabError: there is no such program.
+        LabError: a program is missing.
     """
     files: dict[str, bytes] = {}
     for name in names:

@@ -1,9 +1,9 @@
-"""Python for a guest: the distribution's own packages, unpacked into the first file system beside busybox.
+"""Python for a guest: the distribution's packages, unpacked into the first file system beside busybox.
 
-The packages are those of the current stable release, where they can be had, for the guest's architecture, with
-everything that only people read left out, and with every module compiled beforehand: a guest without hardware help
-takes minutes for that. The byte code is made by the interpreter of the host's own architecture; it is the same for all.
-mthp and its tests are no part of the archive, which is kept, but of the job.
+The packages are those of the current stable release, if available, for the guest's architecture, without documentation.
+Every module is compiled beforehand, because an emulated guest takes minutes for that. The interpreter of the host's
+architecture makes the byte code, which is the same for all. The kept archive does not contain mthp and its tests; the
+job does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = (
     "python3-prometheus-client", "python3-textual", "bash", "util-linux",
 )  # fmt: skip
 SUITES = ("trixie", "unstable")
-"""Where they are fetched from: the first of these whose lists can be had for the architecture."""
+"""Suites to fetch from: the first with lists for the architecture is used."""
 
 _LEFT_OUT = (
     "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/include",
@@ -92,7 +92,7 @@ def _compile(platform: Platform, root: Path, suite: str) -> None:
     interpreter = sorted(home.glob("usr/bin/python3.*[0-9]"))[-1]
     places = [str(path) for path in (root / "usr/lib").glob("python3*")]
     command = [str(loader), "--library-path", libraries, str(interpreter), "-S", "-m", "compileall"]
-    # Hashes that nobody checks: the archive has no times of modification.
+    # Hashes that Python does not check, because the archive has no modification times.
     command += ["-q", "--invalidation-mode", "unchecked-hash", "-s", str(root), *places]
     environment = {"PYTHONHOME": str(home / "usr"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A headless Chromium, for pages that are to be looked at. Without one these tests are skipped.
+"""A headless Chromium that opens pages. Without one these tests are skipped.
 
 With ``MTHP_REQUIRE_BROWSER=1`` such a skip is a failure. Screenshots are written to the directory that
 ``MTHP_SCREENSHOTS`` names, or to the test's own.
@@ -62,7 +62,7 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the page was opened."""
+        """Return the addresses that were requested since the page was opened."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [
             message["params"]["request"]["url"]

@@ -1,4 +1,4 @@
-"""Reports in a real browser: they open, load nothing, run nothing, and can be read wherever they are looked at."""
+"""Reports in a real browser: they open, load nothing, run nothing, and are readable in every layout."""
 
 from __future__ import annotations
 

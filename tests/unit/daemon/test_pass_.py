@@ -1,4 +1,4 @@
-"""One pass: which mechanism makes which orders, within which budgets, and what a trim gives back."""
+"""One pass: which mechanism makes which orders, within which budgets, and what a trim returns."""
 
 from __future__ import annotations
 

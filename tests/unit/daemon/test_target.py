@@ -1,4 +1,4 @@
-"""One target: when it is looked at, what is done in it and in what order, and within which budgets."""
+"""One target: when it is checked, which work is done in which order, and within which budgets."""
 
 from __future__ import annotations
 

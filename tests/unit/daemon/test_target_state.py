@@ -44,7 +44,7 @@ def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the
     assert (told["remade_ranges"], told["keeps"]) == (2, N - 16 - 1)
     (line,) = stage.said
     assert f"keep_max_ptes_none = {N - 16 - 1}" in line
-    # Another size switched off: nothing is made huge any more, and nothing is said of it.
+    # Another size is switched off: nothing is made huge any more, and no message is printed.
     stage.space._switches = Switches("never", {9: "never"})
     stage.target.stale()
     stage.steps(5.0)

@@ -58,7 +58,7 @@ def test_a_line_that_was_cut_short_is_ended_before_the_next(tmp_path: Path, monk
 
 
 def test_a_log_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
-    """Who may write in its directory could have the daemon write to any file."""
+    """A user who may write in its directory could make the daemon write to any file."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     log = tmp_path / "events.jsonl"

@@ -1,4 +1,4 @@
-"""The worker's turns: who comes first, and how long it rests, by a clock that a test sets."""
+"""The worker's turns: which target is first, and how long it rests, by a clock that a test sets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FakeTarget:
 
 
 class Stage:
-    """A worker whose thread does not run: a test has it take its turns, and resting lets the clock go on."""
+    """A worker without a running thread: a test takes its turns, and a rest advances the clock."""
 
     def __init__(self, pace: Pace = "cpu", pages_to_scan: int = 4 * PIECE) -> None:
         self.now = 50.0
@@ -92,7 +92,7 @@ class Stage:
         return self.now
 
     def _rest(self, seconds: float) -> None:
-        # No longer than the real one rests between two looks at what it was told.
+        # As long as the real worker rests between two checks of its commands.
         self.now += min(seconds, 1.0)
 
     def add(self, pid: int, gain: int = 0) -> FakeTarget:
@@ -140,7 +140,7 @@ def test_news_of_the_first_targets_takes_no_turn_from_the_last() -> None:
 
 
 def test_a_worker_that_cannot_go_on_says_so() -> None:
-    """A daemon that goes on without its worker would do nothing, and nobody would know."""
+    """A daemon without its worker would do nothing, without any sign of it."""
     stage, died = Stage(), []
     worker = stage.worker
     worker._died = lambda: died.append(True)

@@ -34,11 +34,11 @@ SMALL = range(2, PPC.pmd_order)
 
 
 class MovingSpace(FakeSpace):
-    """A space whose blocks can be moved, in windows of 3, each of a millisecond.
+    """A space with blocks that can be moved, in windows of 3, each of a millisecond.
 
     Attributes:
         batches: the blocks of every call.
-        refusals: outcomes that the next calls give for everything.
+        refusals: outcomes that the next calls return for every block.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

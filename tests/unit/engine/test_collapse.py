@@ -35,7 +35,7 @@ FAILURES = [result for result in ScanResult if result is not ScanResult.SUCCEED]
 
 
 def space_of(*fullness: int, geometry: Geometry = X86_64, cls: type[FakeSpace] = FakeSpace, **more: Any) -> FakeSpace:
-    """One mapping; each PMD range in turn holds so many pages. -1 stands for a range that is huge already."""
+    """One mapping. Each number is the count of pages in a PMD range; -1 is a range that is huge already."""
     n = geometry.ptes_per_pmd
     runs: list[tuple[int, int, int]] = []
     for pages in fullness:
@@ -353,7 +353,7 @@ def test_progress_is_told_after_every_range() -> None:
 
 
 class Clock:
-    """Time that passes only when somebody sleeps or collapses."""
+    """A clock that advances only in sleeps and collapses."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -54,7 +54,7 @@ class Stub:
 
 
 class Slept:
-    """A clock that jumps ahead when somebody rests, and notes for how long."""
+    """A clock that jumps ahead at each rest, and records its length."""
 
     def __init__(self) -> None:
         self.rests: list[float] = []

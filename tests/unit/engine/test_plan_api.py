@@ -1,4 +1,4 @@
-"""How ``mthp.plan_ranges`` is called: what it takes, what it gives, and what it says to what it cannot take."""
+"""Calls of ``mthp.plan_ranges``: arguments, results, and errors."""
 
 from __future__ import annotations
 

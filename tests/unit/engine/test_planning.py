@@ -1,4 +1,4 @@
-"""Plans of an address space: the same as plan_ranges on the planes of each mapping, and nothing besides."""
+"""Plans of an address space: exactly plan_ranges on the planes of each mapping."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FLAGS = ("hg", "nh", "uw", "um", "dp", "io")
 
 
 def filled(vma: Vma, geometry: Geometry = X86_64, state: int = Pte.PRESENT, order: int = 0) -> tuple[Vma, Any, Any]:
-    """A mapping whose pages are all alike."""
+    """A mapping with all pages in one state."""
     return vma, *page_runs((vma.size // geometry.page_size, state, order))
 
 

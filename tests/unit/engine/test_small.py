@@ -1,4 +1,4 @@
-"""Memory in no whole PMD range: which mappings count, what is said of it, and what it takes."""
+"""Memory in no whole PMD range: which mappings count, its messages, and its requirements."""
 
 from __future__ import annotations
 

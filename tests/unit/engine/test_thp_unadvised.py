@@ -25,7 +25,7 @@ PLENTY = 1 << 40
 
 
 class Unadvised(FakeSpace):
-    """A process that may have THP only where it is advised, on a machine with so much memory free."""
+    """A process that may have THP only where it is advised, on a machine with `free` bytes free."""
 
     free: int | None = PLENTY
 

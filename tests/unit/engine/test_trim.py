@@ -1,4 +1,4 @@
-"""Trimming: which folios are worth it, what is asked of their contents, and what came of each."""
+"""Trimming: which folios are worth it, which pages are read, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUGE = int(Pte.PRESENT | Pte.PMD_MAPPED)
 
 
 class Wasteful(FakeSpace):
-    """A space with contents, whose folios can be trimmed.
+    """A space with contents, and folios that can be trimmed.
 
     Attributes:
         empty: addresses of pages that hold nothing but zeroes.
@@ -77,7 +77,7 @@ class Wasteful(FakeSpace):
 
 
 def space(*empty: int, **options: Any) -> Wasteful:
-    """One PMD folio for each number: so many of its pages, from the last one down, are empty."""
+    """Return a PMD folio for each number, which is the count of its empty pages, from the last one down."""
     state, order = page_runs((N * len(empty), HUGE, 9))
     pages = {BASE + row * PMD + (N - 1 - page) * PAGE for row, count in enumerate(empty) for page in range(count)}
     return Wasteful([(Vma(BASE, BASE + PMD * len(empty), "rw-p"), state, order)], empty=pages, **options)

@@ -1,4 +1,4 @@
-"""Expectations: how they are written, what meets them, and how the result is told."""
+"""Expectations: their grammar, what meets them, and the output."""
 
 from __future__ import annotations
 

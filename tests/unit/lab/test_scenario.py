@@ -1,4 +1,4 @@
-"""Scenario files: what they may say, and what is said where they say something else."""
+"""Scenario files: valid keys and values, and the errors of others."""
 
 from __future__ import annotations
 

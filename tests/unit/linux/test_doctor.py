@@ -103,7 +103,7 @@ def write_tree(root: Path, files: Mapping[str, str | None]) -> None:
 def look(
     root: Path, files: Mapping[str, str | None], probed: Probed = EVERYTHING, geometry: Geometry | None = X86_64
 ) -> Examination:
-    """Examine a machine whose files these are."""
+    """Examine a machine with these files."""
     write_tree(root, files)
     return examine(sysfs=root / "sys", proc=root / "proc", geometry=geometry, probed=probed)
 

@@ -1,4 +1,4 @@
-"""The kernel's khugepaged, driven: what it is told, what counts as made, and that all is put back."""
+"""Driving the kernel's khugepaged: the values written, what counts as made, and that all is put back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCKS = [(START, 4), (START + (64 << 10), 4), (START + (2 << 20), 9)]
 
 
 class Space:
-    """An address space whose folios a khugepaged of the test's makes, and the THP directory that it reads."""
+    """An address space, a khugepaged of the test that makes its folios, and the THP directory that it reads."""
 
     geometry = X86_64
 

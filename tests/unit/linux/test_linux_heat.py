@@ -45,7 +45,7 @@ def never() -> bool:
 
 
 class Space(FakeSpace):
-    """A process whose pages lie in frames one after another, from `FRAME` on."""
+    """A process with its pages in consecutive frames, from `FRAME` on."""
 
     def __init__(self, ranges: int = RANGES) -> None:
         vma = Vma(BASE, BASE + ranges * PMD, "rw-p")

@@ -21,7 +21,7 @@ MEMORY = 1 << 14
 
 
 def lay_out(path: Path, orders: list[int], flags: int = ANON) -> NDArray[np.int8]:
-    """Write folios of `orders` one behind another, each at the next aligned frame; give the order of every frame."""
+    """Write folios of `orders` one behind another, each at the next aligned frame; return the order of each frame."""
     words = np.full(MEMORY, flags, np.uint64)
     truth = np.zeros(MEMORY, np.int8)
     at = 0

@@ -161,7 +161,7 @@ def test_forks_are_told_of_with_the_parent_until_they_share_nothing(tmp_path: Pa
     if child == 0:
         os.read(wait, 1)
         os._exit(0)
-    # Longer than the test waits: its end would be told of, too.
+    # Longer than the test waits, because its end would be reported, too.
     other = subprocess.Popen(["sleep", "infinity"])
     seen, gone = dict[int, int](), dict[int, int]()
 

@@ -13,7 +13,7 @@ from mthp.linux.procfs import shmem_devices
 from mthp.text import lines
 
 ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-"""What str.splitlines() takes for ends of lines besides the newline."""
+"""Characters other than the newline at which str.splitlines() ends a line."""
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -1,4 +1,4 @@
-"""The documentation: what it tells a reader to type and to write is what mthp takes."""
+"""The documentation: mthp accepts every command line, file and program in it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ READ_LATER: dict[str, tuple[Callable[[str], object], ...]] = {
     "--policies": (lambda text: [known_policy(word) for word in text.split(",")],),
     "--policy": (known_policy,),
 }
-"""Options whose values a command reads after click has."""
+"""Options with values that a command parses after click."""
 
 OPTIONS = {field.name for kind in (PlanOptions, Means) for field in dataclasses.fields(kind)}
 """The keyword arguments that the library's verbs take as ``**options``."""

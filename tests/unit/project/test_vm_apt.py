@@ -1,4 +1,4 @@
-"""The lab's apt: an archive that does not answer is given up at once; one that is just being written is asked again."""
+"""The kernel lab's apt: it gives up an archive that does not answer, and tries one again that is being written."""
 
 from __future__ import annotations
 

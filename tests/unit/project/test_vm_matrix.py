@@ -23,10 +23,10 @@ TESTS = [f"tests/live/{file}::test_{name}" for file in FILES for name in ("one",
 
 
 class Guests:
-    """Guests that are given up when they have told so many lines; they run the tests that are not done, in order.
+    """Guests that are ended after a number of lines; they run the tests that are not done, in order.
 
     Args:
-        lines: how many lines each tells.
+        lines: the number of lines that each prints.
     """
 
     def __init__(self, *lines: int) -> None:

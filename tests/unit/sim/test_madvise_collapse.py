@@ -32,7 +32,7 @@ ERRNO = {
 
 
 class Scripted:
-    """Three PMD ranges in one mapping, whose collapses end as they are told to."""
+    """Three PMD ranges in one mapping, with collapses that end as the test sets."""
 
     def __init__(self, *results: ScanResult) -> None:
         self.results = list(results)

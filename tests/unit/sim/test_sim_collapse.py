@@ -120,7 +120,7 @@ def test_each_result_comes_from_its_cause(result: ScanResult) -> None:
     CAUSES[result](world)
     of_range, of_attempts = world.results(world.switches)
     if result is ScanResult.PTE_MAPPED_HUGEPAGE:
-        # It is said of attempts only; a range where all of them end so was not collapsed.
+        # Only attempts have this result; a range in which all attempts have it was not collapsed.
         assert (of_range, set(of_attempts)) == (ScanResult.FAIL, {result})
     else:
         assert of_range is result
@@ -157,7 +157,7 @@ def test_a_folio_that_is_large_enough_is_skipped_and_its_neighbours_stay() -> No
 
 @pytest.mark.parametrize("step", [step for step in Step if step not in (Step.COPY, Step.INSTALL)])
 def test_a_page_pinned_at_any_moment_is_not_moved_from_under_its_user(step: Step) -> None:
-    """Up to isolation; from there on the page tables are away, and nobody can pin by them."""
+    """Up to isolation, because afterwards the entries are cleared, and no caller can pin by them."""
     world = World()
     if step is Step.SWAPIN:
         world.swap_out(2)

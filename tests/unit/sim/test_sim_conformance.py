@@ -127,7 +127,7 @@ def test_what_rests_on_a_pte_that_may_be_written_is_counted_apart(tmp_path: Path
     assert replay_case(collapsed).mismatches == ()
     # In a process that never forked what was written may be written.
     assert replay_case(on_old_kernel(setup="no_fork")).mismatches
-    # What all states agree on is no doubt: zero pages, and what a child maps too.
+    # Facts on which all states agree are certain: zero pages, and pages that a child also maps.
     zero = on_old_kernel(before=[["zero", 8], ["shared", 24]], after=[["zero", 8], [0, 24]], max_ptes_shared=31)
     assert (replay_case(zero).mismatches, replay_case(zero).apart) == ((), "")
     both = written(tmp_path / "both.jsonl", on_old_kernel(), collapsed)

@@ -25,7 +25,7 @@ RANGES = 24
 
 
 class Watched(Khugepaged):
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -37,10 +37,10 @@ class Watched(Khugepaged):
 
 
 def lived(seed: int, orders: frozenset[int], none: int, budget: int, singly: bool) -> tuple[Machine, Watched]:
-    """A machine with large folios, holes, small pages and what shares or holds them, after some passes.
+    """A machine with large folios, holes, small pages, sharers and pins, after some passes.
 
     Args:
-        singly: let others in between the steps, which makes every range be looked at for itself.
+        singly: run a callback between the steps, which makes the machine scan each range alone.
     """
     chance = Random(seed)
     machine = Machine(
@@ -133,4 +133,4 @@ def test_what_has_its_large_folios_is_looked_at_together() -> None:
 
 
 def _nothing(step: Step, mm: object, address: int, order: int) -> None:
-    """Lets nobody in."""
+    """Never runs the callback."""

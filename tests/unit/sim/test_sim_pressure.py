@@ -20,7 +20,7 @@ START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
 
 
 def machine_with(pages: int, *, swap: int = 0, orders: tuple[int, ...] = (), frames: int = 1024) -> tuple[Machine, Mm]:
-    """A machine of 1024 frames whose program wrote so many pages."""
+    """A machine of `frames` frames with a program that wrote `pages` pages."""
     machine = Machine(
         SMALL,
         node_frames=[frames],
@@ -64,7 +64,7 @@ def test_out_of_memory_is_an_outcome() -> None:
 def test_what_is_used_stays_and_what_is_not_goes() -> None:
     machine, mm = machine_with(600, swap=1000)
     hot = [START + page * PAGE for page in range(100)]
-    assert reclaim(machine.parts, 60) >= 60  # Nothing is known yet of who uses what.
+    assert reclaim(machine.parts, 60) >= 60  # No page is known to be in use yet.
     machine.touch(mm, hot, write=False)
     faults = machine.counters["pgmajfault"]
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Somebody else acts between two steps of a collapse: it ends as the kernel's would, and nothing is lost."""
+"""Another program acts between two steps of a collapse: it ends as the kernel's would, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same calls give the same machine, to the last counter, in this process, in another, and on any other machine."""
+"""The same calls lead to the same machine, to the last counter, in this process, in another, on any machine."""
 
 from __future__ import annotations
 

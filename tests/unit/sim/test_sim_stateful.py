@@ -319,7 +319,7 @@ class Life(RuleBasedStateMachine):
         self.machine.parts.switches = before
 
     def with_other(self, steps: tuple[Step, ...], act: Callable[[Mm], None]) -> None:
-        """A full scan; the first time that it comes to one of some steps, somebody else acts."""
+        """Run a full scan. At the first time that it reaches one of some steps, another program acts."""
 
         def hook(at: Step, mm: Mm, address: int, order: int) -> None:
             if at in steps:

@@ -24,9 +24,9 @@ START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
 
 
 def built(orders: set[int], mess: int, scarce: int = 0) -> tuple[Machine, Mm]:
-    """A machine whose program has been through some accesses, one by one; blocks of order `scarce` are not to be had.
+    """A machine with a program that made some accesses, one by one; no block of order `scarce` is free.
 
-    Such a machine has no swap: what is reclaimed for a block depends on the order of all accesses.
+    Such a machine has no swap, because the pages reclaimed for a block depend on the order of all accesses.
     """
     machine = Machine(
         SMALL, swap_slots=0 if scarce else 64, switches=Switches("madvise", dict.fromkeys(orders, "madvise"))
@@ -103,7 +103,8 @@ def test_it_leaves_what_single_accesses_leave(
     assert (touched.done, touched.outcome) == (done, outcome)
     together, single = seen(many, other), seen(one, mm)
     if scarce and any(name.endswith("/split") for name in together["counters"]):
-        # The shrinker gives pages of zeroes back. A batch has not written to its pages when it does, and faults again.
+        # The shrinker frees pages of zeroes. If it runs before a batch has written to its pages, the batch faults
+        # again.
         for figures in (together, single):
             del figures["counters"], figures["spent"]
     assert together == single

@@ -29,7 +29,7 @@ ENDINGS = [(result, order) for result in R for order in (4, 3) if (result, order
 
 
 class Scripted:
-    """A full range whose attempts end as they are told to, and otherwise succeed."""
+    """A full range with attempts that end as the test sets, and otherwise succeed."""
 
     as_it_was = False
 

@@ -34,7 +34,7 @@ Columns = tuple[list[Vma], NDArray[np.uint16], NDArray[np.int8]]
 
 
 class Clock:
-    """A clock that only moves when somebody sleeps, and a processor clock that moves with every look at it."""
+    """A clock that advances only in sleeps, and a processor clock that advances at every reading."""
 
     def __init__(self, cpu_per_look: float = 0.0) -> None:
         self.now = 100.0

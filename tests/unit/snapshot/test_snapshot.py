@@ -41,7 +41,7 @@ def process() -> FakeSpace:
     heap = Vma(
         HEAP + 3 * PAGE, HEAP + 3 * PMD, "rw-p", "[heap]", flags=frozenset({"rd", "wr", "hg"}), has_anon_vma=True
     )
-    # A name that is not UTF-8, as os.fsdecode gives it.
+    # A name that is not UTF-8, as os.fsdecode() returns it.
     library = Vma(HEAP + 3 * PMD, HEAP + 3 * PMD + 4 * PAGE, "r-xp", "/lib/\udcff.so", VmaKind.FILE, has_anon_vma=False)
     device = Vma(HEAP + 4 * PMD, HEAP + 4 * PMD + 2 * PAGE, "rw-s", "/dev/gpu", VmaKind.SPECIAL)
     high = Vma(VSYSCALL, VSYSCALL + PAGE, "--xp", "[vsyscall]", node_pages=((0, 3), (1, 4)))
@@ -396,7 +396,7 @@ def test_huge_uniform_process_is_a_small_file(file: Path) -> None:
 
 
 def noise() -> FakeSpace:
-    """A process whose memory does not compress."""
+    """A process with memory that does not compress."""
     pages = 16 * 512
     generator = np.random.default_rng(0)
     state = generator.integers(1, 1 << 12, pages).astype(np.uint16)

@@ -65,7 +65,7 @@ def rewritten(
 
 
 def refusal(path: Path, match: str) -> UsageError:
-    """The error that loading `path` gives."""
+    """Return the error of loading `path`."""
     with pytest.raises(UsageError, match=match) as caught:
         load(path)
     assert str(path) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Who is looked at, how often and at what cost, with looks and a clock that the test made."""
+"""Which processes are read, how often and at what cost, with readings and a clock of the test."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ ORDERS = (2, 3, 4, 5, 9)
 
 
 class Machine:
-    """A THP directory whose switches behave like the kernel's: they read back with brackets."""
+    """A THP directory with switches that behave like the kernel's: they read back with brackets."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / "thp"
@@ -67,7 +67,7 @@ class Machine:
 
 
 class KernelLike(SwitchJournal):
-    """A journal whose writes the machine's switches answer as the kernel's do; it can be made to die at a write."""
+    """A journal over switches that behave like the kernel's; a test can make it die at a write."""
 
     def __init__(self, machine: Machine, **options: float) -> None:
         super().__init__(machine.journal_root, ThpSysfs(machine.root), watched=False, **options)

@@ -1,4 +1,4 @@
-"""How windows are filled, and what is said of pauses."""
+"""Filling windows, and reporting pauses."""
 
 from __future__ import annotations
 

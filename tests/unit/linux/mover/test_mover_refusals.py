@@ -169,7 +169,7 @@ def test_large_folios() -> None:
     # Two folios of that order, each with a part in the block, as after mremap(2).
     assert judge(order=[2] * 4, pfn=[10, 11, 12, 13]) is R.LARGE_FOLIO
     assert judge(order=[2, 2, 0, 0], pfn=[8, 9, 77, 78]) is R.LARGE_FOLIO
-    # Smaller ones are what collapse is for, and an unknown order is no reason.
+    # Smaller folios are to be collapsed, and an unknown order is not a refusal.
     assert judge(order=[1, 1, 0, 0], pfn=[8, 9, 77, 78]) is R.NONE
     assert judge(order=[ORDER_UNKNOWN] * 4) is R.NONE
 

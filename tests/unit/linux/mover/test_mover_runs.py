@@ -1,4 +1,4 @@
-"""Neighbours are moved together, and what is said of each block stays its own."""
+"""Adjoining blocks are moved together, and each keeps its own outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges collapsed and divided one after another: what stops at which step, and what is told of it."""
+"""Ranges collapsed and divided one after another: what stops at which step, and what is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of ``split_huge_pages`` where it cannot be opened."""
+"""The reason and the remedy if ``split_huge_pages`` cannot be opened."""
 
 from __future__ import annotations
 

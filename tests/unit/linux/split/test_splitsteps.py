@@ -15,7 +15,7 @@ ALL = [X86_64, *GEOMETRIES.values()]
 
 
 def blocks_of(geometry: Geometry, order: int, share: float, rng: random.Random) -> NDArray[np.int8]:
-    """A layout of blocks of one order, so many of them there, and base pages."""
+    """Return a layout in which `share` of the runs of one order are blocks, and the rest base pages."""
     layout = np.zeros(geometry.ptes_per_pmd, np.int8)
     for first in range(0, len(layout), 1 << order):
         if rng.random() < share:
