@@ -90,8 +90,8 @@ def test_userfaultfd_tells_features_only_if_it_works() -> None:
 def test_sizes_are_those_that_are_on(thp_switches: ThpSwitches) -> None:
     label = ThpSysfs().geometry().label
     thp_switches.only(size_name(4), size_name(6))
-    assert what(examine(), "sizes") == f"on for plain memory: none; for MADV_HUGEPAGE memory: {label(4)}, {label(6)}"
+    assert what(examine(), "sizes") == f"for plain memory: none; for MADV_HUGEPAGE memory: {label(4)}, {label(6)}"
     thp_switches.set(f"hugepages-{size_name(5)}/enabled", "always")
     assert what(examine(), "sizes") == (
-        f"on for plain memory: {label(5)}; for MADV_HUGEPAGE memory: {label(4)}, {label(5)}, {label(6)}"
+        f"for plain memory: {label(5)}; for MADV_HUGEPAGE memory: {label(4)}, {label(5)}, {label(6)}"
     )

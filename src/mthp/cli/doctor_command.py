@@ -74,7 +74,7 @@ def print_examination(out: Console, examination: Examination) -> None:
         rows.append([finding.state, finding.key, f"{finding.title}: {finding.what}"])
         if finding.remedy:
             rows.append(["", "", f"remedy: {finding.remedy}"])
-    out.print(Table("What this kernel and these rights allow", ["state", "key", "finding"], rows))
+    out.print(Table("Abilities of this kernel and these rights", ["state", "key", "finding"], rows))
 
 
 def print_restored(out: Console, restored: list[Restored], removed: list[Removed]) -> None:

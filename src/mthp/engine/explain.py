@@ -102,8 +102,8 @@ class Prospect:
             return f"policy {self.policy} would make no folios: {self.reason}"
         made = ", ".join(f"{count} of {size}" for size, count in self.folios.items())
         return (
-            f"policy {self.policy} would make {made}; it would copy {format_size(self.copied_bytes)} and add"
-            f" {format_size(self.bloat_bytes)}"
+            f"policy {self.policy} would make folios: {made}; it would copy {format_size(self.copied_bytes)} and add"
+            f" {format_size(self.bloat_bytes)} of bloat"
         )
 
 

@@ -229,7 +229,7 @@ def test_sizes_that_are_on(tmp_path: Path, top: str, small: str, plain: str, adv
     examination = look(tmp_path, MODERN | {f"{THP}/enabled": top, f"{THP}/hugepages-64kB/enabled": small})
     sizes = finding(examination, "sizes")
     assert sizes.state is state
-    assert sizes.what == f"on for plain memory: {plain}; for MADV_HUGEPAGE memory: {advised}"
+    assert sizes.what == f"for plain memory: {plain}; for MADV_HUGEPAGE memory: {advised}"
     assert ("hugepages-64kB/enabled" in sizes.remedy) == (state is State.LIMITED)
 
 

@@ -105,7 +105,7 @@ def _size_switches(facts: Facts) -> Answer:
 def _sizes(facts: Facts) -> Answer:
     switches = facts.thp.switches(facts.geometry)
     plain, advised = switches.orders(advised=False), switches.orders(advised=True)
-    what = f"on for plain memory: {facts.size_list(plain)}; for MADV_HUGEPAGE memory: {facts.size_list(advised)}"
+    what = f"for plain memory: {facts.size_list(plain)}; for MADV_HUGEPAGE memory: {facts.size_list(advised)}"
     smaller = [order for order in switches.sizes if order < facts.geometry.pmd_order]
     if any(order in advised for order in smaller):
         return Answer(State.OK, what)
