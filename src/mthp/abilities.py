@@ -117,6 +117,18 @@ def service(space: AddressSpace) -> str:
 
 
 @runtime_checkable
+class Mapped(Protocol):
+    """An address space that may know which pages PMD entries map, though it does not see the folios."""
+
+    def shows_pmd_entries(self) -> bool: ...
+
+
+def shows_pmd_entries(space: AddressSpace) -> bool:
+    """Return whether `space` knows which pages PMD entries map, though it does not see the folios."""
+    return isinstance(space, Mapped) and space.shows_pmd_entries()
+
+
+@runtime_checkable
 class Limited(Protocol):
     """An address space with memory that counts against limits."""
 

@@ -57,8 +57,9 @@ class Found:
 
     @property
     def service(self) -> str:
-        """The name of the pod, container or service of a process, or its own; ``""`` for a file."""
-        return self.facts.service if self.facts else ""
+        """The name of the pod, container or service of a process; ``""`` for a file, or if its own is all it has."""
+        service = self.facts.service if self.facts else ""
+        return "" if service.startswith("comm:") else service
 
     def open(self, *, at: str | None = None) -> AddressSpace:
         """Open its address space, as :func:`open_target`.

@@ -24,9 +24,9 @@ from mthp.cli.options import (
     small_option,
 )
 from mthp.cli.render.collapse import print_report, reason_of
-from mthp.cli.render.output import console, milliseconds, note, print_json, progress_bar, say
+from mthp.cli.render.output import console, milliseconds, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument
 from mthp.cli.signals import Wish, exit_code, stopping_on_signals
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport
@@ -249,9 +249,9 @@ def command(
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
-        console().print(targets_table(each, total))
         # All targets are processes of this machine.
-        note(console(), [out_of_reach_remark(total.out_of_reach_bytes, made.geometry) for made in each.done[:1]])
+        reach = [out_of_reach_remark(total.out_of_reach_bytes, made.geometry) for made in each.done[:1]]
+        print_each(each, targets_table(each, total), reach)
     return exit_code(stop.number) if stop() else each.code
 
 

@@ -82,7 +82,7 @@ def _print(explanation: Explanation, history: History) -> None:
     out = console()
     parts: list[tuple[str, list[str]]] = [
         ("Memory", list(explanation.memory)),
-        ("Effect of policies", [each.sentence for each in explanation.prospects]),
+        ("Effect of policies", explanation.predicted),
         ("Refusals", [each.sentence for each in explanation.refusals] or ["none"]),
         ("History", list(history.happened)),
     ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from mthp.cli.options import at_option, json_option
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
+from mthp.cli.several import Each, Failed, common_geometry, do_each, print_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
 from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED, out_of_reach_remark
@@ -83,9 +83,9 @@ def command(
     elif len(each.results) == len(each.done) == 1:
         print_census(console(), each.done[0], show_all=show_all)
     else:
-        console().print(targets_table(each, censuses))
         geometry = censuses.geometry
-        note(console(), [out_of_reach_remark(censuses.anonymous.out_of_reach_bytes(geometry), geometry)])
+        reach = out_of_reach_remark(censuses.anonymous.out_of_reach_bytes(geometry), geometry)
+        print_each(each, targets_table(each, censuses), [reach])
     return each.code
 
 

@@ -14,7 +14,7 @@ from mthp.cli.options import at_option, json_option, plan_options, planned, smal
 from mthp.cli.render.output import console, note, print_json, progress_bar
 from mthp.cli.render.plan import print_allowed, print_plan, reach_table, reached_share
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
+from mthp.cli.several import Each, Failed, common_geometry, do_each, print_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
@@ -201,8 +201,8 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
     elif len(each.results) == len(each.done) == 1:
         _print_one(console(), each.done[0])
     else:
-        console().print(targets_table(each, total))
-        note(console(), [out_of_reach_remark(total.out_of_reach_bytes, geometry)])
+        reach = out_of_reach_remark(total.out_of_reach_bytes, geometry)
+        print_each(each, targets_table(each, total), [reach])
     return each.code
 
 

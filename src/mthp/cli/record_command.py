@@ -22,7 +22,7 @@ from mthp.cli.completing import complete_target
 from mthp.cli.options import SECONDS, SHARE, heat_option, json_option
 from mthp.cli.render.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each
+from mthp.cli.several import Each, Failed, do_each, print_each
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.heat import HeatRequest
@@ -129,7 +129,7 @@ def _record(
     if as_json:
         print_json("record", Recordings(each.all))
     else:
-        console().print(targets_table(each))
+        print_each(each, targets_table(each))
     return code or each.code
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import click
 
 from mthp.cli.completing import complete_target
+from mthp.cli.render.output import console, note
+from mthp.cli.render.tables import Table
 from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.targets import Found, Targets, pid_of, refuse_ancestor
@@ -85,6 +87,14 @@ class OnMachine(Protocol):
 
     @property
     def geometry(self) -> Geometry: ...
+
+
+def print_each(each: Each[Any], table: Table, remarks: Sequence[str] = ()) -> None:
+    """Print the table of several targets, remarks on them, and the help of each error once."""
+    out = console()
+    out.print(table)
+    helps = dict.fromkeys(result.error.help for result in each.all if isinstance(result, Failed))
+    note(out, [*remarks, *helps])
 
 
 def common_geometry(results: Iterable[OnMachine]) -> Geometry:

@@ -11,7 +11,7 @@ from rich.console import Console
 from mthp.cli.options import RATE, SHARE, json_option
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
 from mthp.metrics import out_of_reach_remark
@@ -121,8 +121,7 @@ def command(
     elif len(each.results) == len(each.done) == 1:
         print_report(console(), each.done[0], options)
     else:
-        console().print(targets_table(each, total))
-        note(console(), [total.remark])
+        print_each(each, targets_table(each, total), [total.remark])
     return exit_code(stop.number) if stop() else each.code
 
 

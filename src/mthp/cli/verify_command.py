@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import click
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.render.output import console, note, print_json, progress_bar
+from mthp.cli.render.output import print_json, progress_bar
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument
 from mthp.engine.verify import Checked, Expectation, Verification, verify_space
 from mthp.errors import MthpError, UsageError
 from mthp.geometry import Geometry
@@ -78,9 +78,8 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
     elif form == "junit":
         click.echo(_junit(each))
     else:
-        out = console()
-        out.print(checks_table(each))
-        note(out, [*_out_of_reach(each.done), *sorted({line for done in each.done for line in done.missing})])
+        missing = sorted({line for done in each.done for line in done.missing})
+        print_each(each, checks_table(each), [*_out_of_reach(each.done), *missing])
     return each.code
 
 
@@ -176,6 +175,8 @@ def _nagios(verified: Callable[[], tuple[Targets, Each[Verification]]]) -> int:
     checks = [(done.label, check) for done in each.done for check in done.checks]
     said = [f"{label} {check.expectation}: {check.reason}" for label, check in checks if check.reason]
     said += [f"{failed.label}: {failed.error.message}" for failed in each.all if isinstance(failed, Failed)]
+    if any(check.verdict == "unknown" for _, check in checks):
+        said += sorted({line for done in each.done for line in done.missing})
     said = said or [f"{len(checks)} expectations met"]
     data = " ".join(_performance(label, check) for label, check in checks if check.share is not None)
     click.echo(f"MTHP {_STATES.get(code, 'UNKNOWN')} - {'; '.join(map(_plain, said))}{' | ' if data else ''}{data}")

@@ -96,13 +96,13 @@ class Prospect:
     reason: str
 
     @property
-    def sentence(self) -> str:
-        """The prospect as a sentence."""
+    def clause(self) -> str:
+        """The prospect as a sentence without its subject."""
         if not self.folios:
-            return f"policy {self.policy} would make no folios: {self.reason}"
+            return f"would make no folios: {self.reason}"
         made = ", ".join(f"{count} of {size}" for size, count in self.folios.items())
         return (
-            f"policy {self.policy} would make folios: {made}; it would copy {format_size(self.copied_bytes)} and add"
+            f"would make folios: {made}; that would copy {format_size(self.copied_bytes)} and add"
             f" {format_size(self.bloat_bytes)} of bloat"
         )
 
@@ -134,10 +134,17 @@ class Explanation:
     @property
     def sentences(self) -> list[str]:
         """The whole explanation, one sentence an item."""
+        return [*self.memory, *self.predicted, *(each.sentence for each in self.refusals)]
+
+    @property
+    def predicted(self) -> list[str]:
+        """The prospects as sentences, one for all policies of the same effect."""
+        policies: dict[str, list[str]] = {}
+        for each in self.prospects:
+            policies.setdefault(each.clause, []).append(each.policy)
         return [
-            *self.memory,
-            *(each.sentence for each in self.prospects),
-            *(each.sentence for each in self.refusals),
+            f"{'policy' if len(names) == 1 else 'policies'} {', '.join(names)} {clause}"
+            for clause, names in policies.items()
         ]
 
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.engine.census import Census, PageCounts, Progress, VmaCensus, take_census
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
+from mthp.metrics import MAX_FOLIO_ORDER
 from mthp.tabular import Tabular
 from mthp.units import format_size, parse_share
 
@@ -139,16 +141,21 @@ def verify_space(
     """
     orders = [space.geometry.parse_order(each.size) for each in expectations]
     census = take_census(space, progress)
-    checks = tuple(_checked(census, each, order) for each, order in zip(expectations, orders, strict=True))
+    # The PMD size takes a PMD entry: it is known without the size of any folio.
+    known = space.geometry.pmd_order if abilities.shows_pmd_entries(space) else MAX_FOLIO_ORDER + 1
+    checks = tuple(
+        _checked(census, each, order, order >= known) for each, order in zip(expectations, orders, strict=True)
+    )
     reach = census.anonymous.out_of_reach_bytes(space.geometry)
     return Verification(space.label, space.geometry, checks, reach, space.missing)
 
 
-def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
+def _checked(census: Census, expectation: Expectation, order: int, known: bool) -> Checked:
     vmas = _mappings(census, expectation.mapping) if expectation.mapping else list(census.vmas)
     pages = PageCounts.total([vma.pages if expectation.mapping else vma.anonymous for vma in vmas])
     coverage, geometry = pages.coverage, census.geometry
     share = coverage.share(order) if coverage.resident else None
+    unknown = 0 if known else coverage.unknown
     verdict: Verdict = "failed"
     reason = ""
     if not vmas:
@@ -157,8 +164,8 @@ def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
         reason = "nothing of it is resident"
     elif share >= expectation.least:
         verdict = "passed"
-    elif coverage.unknown and (coverage.pages[order] + coverage.unknown) / coverage.resident >= expectation.least:
-        verdict, reason = "unknown", next(iter(census.missing), "the sizes of its folios are not visible")
+    elif unknown and (coverage.pages[order] + unknown) / coverage.resident >= expectation.least:
+        verdict, reason = "unknown", f"the folio sizes of {format_size(unknown * geometry.page_size)} are not visible"
     else:
         reason = f"{100 * share:.1f}% is less than {100 * expectation.least:g}%"
         if coverage.out_of_reach:
@@ -170,7 +177,7 @@ def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
         geometry.label(order),
         expectation.least,
         len(vmas) if expectation.mapping else len([vma for vma in vmas if vma.anonymous.resident]),
-        coverage.resident * geometry.page_size,
+        coverage.resident_bytes(geometry),
         share,
         verdict,
         reason,

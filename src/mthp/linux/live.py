@@ -125,6 +125,10 @@ class LiveAddressSpace(ProcessSpace):
             missing.append(NO_SCAN if self._folios else f"{NO_SCAN}; and the zero page")
         return tuple(missing)
 
+    def shows_pmd_entries(self) -> bool:
+        """Return whether PAGEMAP_SCAN shows them, which takes no rights beyond those to read pagemap."""
+        return self._pagemap.can_scan
+
     def vmas(self) -> list[Vma]:
         return procfs.read_vmas(self.process)
 

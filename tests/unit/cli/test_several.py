@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.naming import ProcessFacts
 from mthp.ptes import Pte
-from mthp.targets import Found, Targets
+from mthp.targets import PID_MAX, Found, Targets, open_target
 from mthp.vma import Vma
 
 BASE = 1 << 40
@@ -76,3 +77,27 @@ def test_the_exit_code_is_that_of_all_targets_or_1() -> None:
     ]
     rows = do_each(targets, by_pid).lines(lambda found, label: [label, "", ""], 3)
     assert rows == [["7", "", ""], ["8", "", ""], ["unit:none.service", "", "fits no process"]]
+
+
+def test_a_table_tells_what_to_do_about_each_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = pytest.importorskip("mthp.snapshot")
+    file = str(tmp_path / "small.parquet")
+    small = Vma(BASE, BASE + (1 << 20), "rw-p", "")
+    snapshot.record(FakeSpace([(small, *page_runs((256, Pte.PRESENT, 0)))]), file)
+    other = str(tmp_path / "other.parquet")
+    snapshot.record(FakeSpace([(small, *page_runs((256, Pte.PRESENT, 0)))]), other)
+    monkeypatch.setenv("COLUMNS", "400")
+    for command in ("inspect", "plan"):
+        assert cli.main([command, file, other, "unit:mthp-test-none", "--json"]) == 1
+        total = json.loads(capsys.readouterr().out)
+        total = total["anonymous"] if command == "inspect" else total["total"]
+        assert total["out_of_reach_bytes"] == 2 << 20
+        assert cli.main([command, file, other, str(PID_MAX)]) == 1
+        said = capsys.readouterr().out
+        assert "out of reach: 2M lie in no whole 2M range" in said
+        with pytest.raises(TargetVanishedError) as gone:
+            open_target(PID_MAX)
+        assert f"note: {gone.value.help}" in said
+        assert "service" not in said

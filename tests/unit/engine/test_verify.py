@@ -124,10 +124,24 @@ def test_what_cannot_be_seen_is_unknown_and_exits_with_3() -> None:
     some = space(HEAP, runs=((512, HUGE, 9), (512, Pte.PRESENT, -2)), missing=("page frames: run as root",))
     done = verify_space(some, [Expectation.parse(text) for text in ("2M>=50%", "64K>=90%")])
     assert [check.verdict for check in done.checks] == ["passed", "unknown"]
-    assert done.checks[1].reason == "page frames: run as root"
+    assert done.checks[1].reason == "the folio sizes of 2M are not visible"
+    assert done.missing == ("page frames: run as root",)
     assert done.exit_code == 3
     failed = verify_space(some, [Expectation.parse(text) for text in ("64K>=90%", "stack:2M>=1%")])
     assert ([check.verdict for check in failed.checks], failed.exit_code) == (["unknown", "failed"], 1)
+
+
+class WithEntries(FakeSpace):
+    """A process as a user without CAP_SYS_ADMIN sees it: PAGEMAP_SCAN shows PMD entries, and nothing the folios."""
+
+    def shows_pmd_entries(self) -> bool:
+        return True
+
+
+def test_the_pmd_size_is_known_where_pmd_entries_are_visible() -> None:
+    pages = page_runs((512, HUGE, 9), (512, Pte.PRESENT, -2))
+    done = verify_space(WithEntries([(HEAP, *pages)]), [Expectation.parse(text) for text in ("2M>=90%", "1M>=90%")])
+    assert [check.verdict for check in done.checks] == ["failed", "unknown"]
 
 
 @pytest.fixture

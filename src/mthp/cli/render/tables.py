@@ -13,7 +13,7 @@ do not fit go below each row, every cell with its head::
     mainline      50.0%      400M
         bloat: 3.0M  copied: 20M  khugepaged: 0.20 s
 
-No table becomes narrower than :data:`MIN_WIDTH`.
+No table becomes narrower than :data:`MIN_WIDTH`. A column of names or texts that are all empty is left out.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Table:
         columns = [
             _Column(clean(head), [clean(row[index]) for row in self.rows], index in self.right, index in self.names)
             for index, head in enumerate(self.columns)
+            if index in self.right or not self.rows or any(row[index] for row in self.rows)
         ]
         beside = _beside(columns, width)
         widths = _widths(columns[:beside], width)
