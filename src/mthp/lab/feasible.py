@@ -97,7 +97,7 @@ def check_processes(
                 raise UsageError(
                     f"process {number}.{name}: {format_size(value)} is more than {TIMES_ITS_MACHINE} times the"
                     f" memory of the machine, {format_size(room)} with swap",
-                    help="give the machine more memory or swap, or the workload less",
+                    help="add memory or swap to the machine, or reduce the workload",
                 )
         # Only the sparse arena has it. Mappings of a recording have a bound of their own (Replay._segments).
         reserve = getattr(process.model, "reserve", 0)
@@ -126,7 +126,7 @@ def _check_room(processes: Sequence[ProcessPlan], machine: MachineSettings) -> N
     if wanted > room:
         raise UsageError(
             f"the processes need {_size(wanted)} at their peak, but the machine has {_size(room)} with swap",
-            help="give the machine more memory or swap, or the processes less",
+            help="add memory or swap to the machine, or reduce the processes",
         )
 
 

@@ -198,7 +198,7 @@ class JournalFiles:
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise NotPermittedError(
                 f"{self._root} belongs to another user, or others may write in it",
-                help="remove it, or give it to this user with mode 0700",
+                help="remove it, or change its owner to this user and its mode to 0700",
             )
 
     def lock(self, timeout: float) -> None:
