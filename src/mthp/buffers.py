@@ -26,9 +26,12 @@ def memory_of(buffer: Any) -> tuple[int, int]:
     # TypeError: it has none of the protocols. ValueError: it is closed, or describes itself wrongly. DLPack refuses
     # memory of a GPU and a tensor with gradients with a BufferError, older libraries with a RuntimeError.
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
+        raise UsageError(
+            f"{type(buffer).__name__} is not a buffer that can be collapsed: {error}",
+            help="use a NumPy array, an mmap, a tensor on the CPU, or one chunk of an Arrow column",
+        ) from error
     if not array.flags.forc:
-        raise UsageError("the array is not contiguous: collapse its base array")
+        raise UsageError("the array is not contiguous", help="collapse its base array")
     return array.__array_interface__["data"][0], array.nbytes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,6 +148,11 @@ class _Finder:
         if (pid := pid_of(word)) is not None:
             yield Found(pid, str(pid))
             return
+        if not isinstance(word, (str, os.PathLike)):
+            raise UsageError(
+                f"a target is not of type {type(word).__name__}",
+                help=f"{HOW_TO_NAME}; collapse_buffer() takes an array",
+            )
         match = match_of(word) if isinstance(word, str) else None
         if match is None and os.path.lexists(word):
             yield Found(word, str(word))
@@ -264,15 +270,17 @@ def pid_of(target: Target) -> int | None:
     Raises:
         TargetVanishedError: no process can have this number.
     """
-    if target == "self":
+    if isinstance(target, str) and target == "self":
         return os.getpid()
     if isinstance(target, str):
         if not re.fullmatch(r"-?[0-9]+", target):
             return None
         # Python does not convert numbers of thousands of digits. The first 20 are as invalid as all of them.
         target = int(target[:20])
-    if not isinstance(target, int):
+    # NumPy's integers are not ints.
+    if not isinstance(target, numbers.Integral):
         return None
+    target = int(target)
     if not 0 < target <= PID_MAX:
         raise TargetVanishedError(f"no process {target}: PIDs are 1 to {PID_MAX}")
     return target

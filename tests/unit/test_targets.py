@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
@@ -17,8 +19,16 @@ from mthp.vma import Vma
 
 @pytest.mark.parametrize(
     ("target", "pid"),
-    [(1, 1), ("1", 1), ("4194304", PID_MAX), (PID_MAX, PID_MAX), ("self", os.getpid()), (os.getpid(), os.getpid())],
-    ids=["one", "text", "largest", "largest number", "self", "this process"],
+    [
+        (1, 1),
+        (np.int64(1), 1),
+        ("1", 1),
+        ("4194304", PID_MAX),
+        (PID_MAX, PID_MAX),
+        ("self", os.getpid()),
+        (os.getpid(), os.getpid()),
+    ],
+    ids=["one", "NumPy", "text", "largest", "largest number", "self", "this process"],
 )
 def test_numbers_are_pids(target: int | str, pid: int) -> None:
     assert pid_of(target) == pid
@@ -42,6 +52,13 @@ def test_a_file_that_is_not_there(target: str | os.PathLike[str]) -> None:
     with pytest.raises(UsageError, match="neither a PID nor 'self' nor a file") as caught:
         open_target(target)
     assert "mthp snapshot" in caught.value.help
+
+
+@pytest.mark.parametrize("target", [None, 3.5, ["1"], np.ones(4)], ids=["none", "float", "list", "array"])
+def test_what_cannot_be_a_target_is_refused_by_its_type(target: Any) -> None:
+    with pytest.raises(UsageError, match=f"not of type {type(target).__name__}") as caught:
+        open_target(target)
+    assert "collapse_buffer" in caught.value.help
 
 
 def test_a_snapshot_by_its_path(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.heat import HeatRequest
 from mthp.naming import HOW_TO_NAME
-from mthp.snapshot.recorder import Pace, Recorded, record_series
+from mthp.snapshot.recorder import OVER, Pace, Recorded, record_series
 from mthp.targets import Found, Targets, find_targets, pid_of
 from mthp.text import clean
 from mthp.units import format_size, percent
@@ -124,12 +124,13 @@ def _record(
         if as_json:
             print_json("record", done)
         else:
-            _print_one(console(), done, every, cpu)
+            _print_one(console(), done, _late(done, duration, cpu))
         return code
     if as_json:
         print_json("record", Recordings(each.all))
     else:
-        print_each(each, targets_table(each))
+        late = dict.fromkeys(_late(done, duration, cpu) for done in each.done)
+        print_each(each, targets_table(each), list(late))
     return code or each.code
 
 
@@ -246,15 +247,23 @@ def targets_table(each: Each[Recorded]) -> Table:
     return Table(each.counted, columns, rows, right={1, 2}, names={0, 3, 4})
 
 
-def _print_one(out: Console, done: Recorded, every: float, cpu: float) -> None:
+def _print_one(out: Console, done: Recorded, late: str) -> None:
     say(
         out,
         f"{done.path}: {done.label}, {done.steps} steps over {done.seconds:.1f} s, {format_size(done.bytes)};"
         f" {done.cpu_seconds:.2f} s of processor time; ended because {_why(done.end)}",
     )
-    if done.interval > STRETCHED * every:
-        note(out, [f"steps came every {done.interval:.1f} s, not {every:g} s: --cpu {percent(cpu)} allows no more"])
-    note(out, done.missing)
+    note(out, [late, *done.missing])
+
+
+def _late(done: Recorded, duration: float | None, cpu: float) -> str:
+    """Return the remark that steps came later than requested; ``""`` if they came in time."""
+    allows = f"--cpu {percent(cpu)} allows no more"
+    if done.end == OVER and done.steps == 1 and duration is not None and duration > STRETCHED * done.every:
+        return f"no second step fitted into {duration:g} s: {allows}"
+    if done.interval > STRETCHED * done.every:
+        return f"steps came every {done.interval:.1f} s, not {done.every:g} s: {allows}"
+    return ""
 
 
 def _why(end: str) -> str:

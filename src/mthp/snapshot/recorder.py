@@ -64,6 +64,10 @@ class Pace:
                 raise UsageError(f"a {name} of {value:g} is not above 0")
 
 
+OVER = "the duration was over"
+"""Why a recording ended whose next step was due after its duration."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """Summary of a recording.
@@ -143,7 +147,7 @@ def record_series(
                 break
             # No step would be due before the end.
             if over is not None and due > over:
-                end = "the duration was over"
+                end = OVER
                 break
             before, last = cpu_clock(), clock() - begin
             try:
