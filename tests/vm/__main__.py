@@ -40,7 +40,7 @@ KIND = click.option(
 
 
 class Lab(click.Group):
-    """The group; what the lab cannot do ends it with a sentence."""
+    """The group of commands. A LabError ends it with a message."""
 
     def invoke(self, context: click.Context) -> object:
         try:
@@ -52,13 +52,13 @@ class Lab(click.Group):
 
 @click.group(cls=Lab)
 def main() -> None:
-    """Boot real kernels, and hold the simulated machine and mthp against them."""
+    """Boot real kernels, test mthp on them, and compare the simulated machine with them."""
 
 
 @main.command()
 @KERNELS
 def kernels(names: tuple[str, ...]) -> None:
-    """Fetch and unpack kernels, and say which they are."""
+    """Fetch and unpack kernels, and print their releases."""
     for name in names or (*SERIES, *OTHERS):
         kernel = fetch(name)
         note = "" if kernel.modules else "  (its modules are gone from the archive: no swap)"
@@ -86,7 +86,7 @@ def run_command(
     output: Path | None,
     script: str,
 ) -> None:
-    """Run the shell SCRIPT in a guest, and bring back what it leaves in /out."""
+    """Run the shell SCRIPT in a guest, and copy the files that it leaves in /out."""
     job = Job(
         "export PATH=/job/bin:$PATH\n" + (SETUP if with_python else "") + script,
         files=programs_with_libraries(programs) | {path.name: path.read_bytes() for path in paths},
@@ -157,7 +157,7 @@ def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, kind: str, o
 def matrix(
     names: tuple[str, ...], tests: tuple[str, ...], smoke: bool, resume: bool, seconds: float, verbose: bool
 ) -> None:
-    """Run mthp's commands and live tests on kernels, and print what came of it as a table."""
+    """Run mthp's commands and live tests on kernels, and print the results as a table."""
     rows = []
     files = live_files(tests)
     for name in names or (*SERIES, *OTHERS):
@@ -171,12 +171,12 @@ def matrix(
 @main.command("table")
 @KERNELS
 def show_table(names: tuple[str, ...]) -> None:
-    """Print what came of the kernels when `matrix` was last run on each."""
+    """Print the results of the last run of `matrix` on each kernel."""
     _show([row for name in names or (*SERIES, *OTHERS) if (row := saved(name))])
 
 
 def _known(kernel: Kernel, files: list[str], *, again: bool) -> Row:
-    """What is kept of a kernel, without what is to be run: all tests of `files` `again`, or those that failed."""
+    """Return the kept results of a kernel without those to run: those of `files` if `again`, or those that failed."""
     row = saved(kernel.name)
     if row is None or row.release != kernel.release:
         return Row(kernel.name, kernel.release)
@@ -191,7 +191,7 @@ def _known(kernel: Kernel, files: list[str], *, again: bool) -> Row:
 
 
 def _show(rows: list[Row]) -> None:
-    """Print the table, why tests were skipped, and what failed; exit with 1 if anything did."""
+    """Print the table, the reasons of skips, and the failures; exit with 1 if a test failed."""
     _say(table(rows))
     _say(skips(rows))
     failures = [f"{row.name}: {failure}" for row in rows for failure in row.failures]
@@ -205,7 +205,7 @@ def _show(rows: list[Row]) -> None:
 @click.option("--order", "orders", multiple=True, type=int, default=(4,), show_default=True)
 @click.option("--mechanism", default="move", show_default=True, help="Of the daemon.")
 def run_selftest(names: tuple[str, ...], orders: tuple[int, ...], mechanism: str) -> None:
-    """Run Linux's own test of khugepaged with the kernel's asleep and mthp's daemon in its place."""
+    """Run Linux's own test of khugepaged with mthp's daemon in place of the kernel's khugepaged."""
     try:
         codes = [in_guest(fetch(name), orders, mechanism) for name in names or ("7.3",)]
     except UnobtainableError as error:
@@ -249,7 +249,7 @@ def _each(
         cases = [case for case, _ in found.mismatches] if only_differing else found.cases
         kept = {
             output / f"{stem}-{kind}.jsonl.gz": cases,
-            # Not beside the others: a replay of these has to differ.
+            # In a directory of its own, because a replay of these cases differs.
             output / "unstable" / f"{stem}-{kind}.jsonl.gz": [case for case, _ in found.unstable],
         }
         for path, chosen in kept.items():

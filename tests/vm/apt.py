@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUITES = ("bookworm", "bookworm-backports", "trixie", "trixie-backports", "unstable", "experimental")
-"""Where kernels of many versions are, from the oldest to the newest; backports keep what they had before."""
+"""Suites with kernels of many versions, from the oldest to the newest; backports keep older ones."""
 
 FRESH_SECONDS = 24 * 3600
 """Seconds for which lists count as fresh."""
@@ -26,7 +26,7 @@ _SYSTEM = Path("/etc/apt")
 
 _KEEP_BINARY_LISTS = ("-oDir::Cache::pkgcache=pkgcache.bin", "-oDir::Cache::srcpkgcache=srcpkgcache.bin")
 """Machines made of container images have apt parse all lists at every question, which takes it seconds. Their setting
-is read behind that of a file of ours."""
+is read after that of our file."""
 
 
 class LabError(Exception):
@@ -38,7 +38,7 @@ class UnreachableError(LabError):
 
 
 def cache_directory() -> Path:
-    """Where the lab keeps what it fetches and builds: ``$XDG_CACHE_HOME/mthp-vm``."""
+    """Return the directory of fetched and built files: ``$XDG_CACHE_HOME/mthp-vm``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mthp-vm"
 
@@ -87,7 +87,7 @@ class Apt:
 
     Args:
         architecture: Debian's word: amd64, arm64, ppc64el.
-        suites: what it may fetch from.
+        suites: the suites to fetch from.
         root: its directory; one below the lab's cache, if not given.
     """
 
@@ -176,7 +176,7 @@ class Apt:
         return self._run(["apt-cache", "pkgnames", prefix]).stdout.split()
 
     def fields(self, package: str) -> dict[str, str] | None:
-        """What the lists say of the newest version of a package; None if it cannot be fetched."""
+        """Return the lists' record of the newest version of a package; None if it cannot be fetched."""
         self.refresh()
         done = self._run(["apt-cache", "show", "--no-all-versions", package], check=False)
         lines = [line for line in done.stdout.splitlines() if ": " in line and not line[0].isspace()]

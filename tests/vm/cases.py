@@ -21,7 +21,7 @@ _USE = ("cold", "lazyfree", "lazyfree_dirty", "pinned", "guard")
 
 @dataclass(frozen=True)
 class Theme:
-    """What a case may be about.
+    """The subject of a case.
 
     Attributes:
         states: the palette; the first is the background.

@@ -1,7 +1,7 @@
 """Cases from the corners: what random ones reach seldom.
 
 Three things make a corner. States and kinds of mapping that are rarely found together: every state that a mapping
-allows is drawn beside every other. Places: pages lie in aligned tiles, so that runs of every order are nearly full,
+allows is combined with every other. Places: pages lie in aligned tiles, so that runs of every order are nearly full,
 nearly empty, or cut by one page, and folios are shared in part. And limits: mostly the very number of pages that a
 case has of a kind, one less, or one more, and as many referenced pages as a range with swap entries needs.
 """
@@ -23,7 +23,7 @@ _FATAL = {"guard", "pinned", "lazyfree", *_PROTECTED}
 """One of them ends the scan of the whole range, or all that comes after an attempt: mostly they are left out."""
 
 _KEPT_BY_THE_CHILD_TOO = {"swap", "swapcache", "large", "uffd_swap"}
-"""What a child that keeps everything would share."""
+"""States of pages that a child which keeps everything would share."""
 
 _MAPPINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("anon", *_EVERYWHERE, *_PRIVATE, *_SHARED),
@@ -72,7 +72,7 @@ def _pages(chance: random.Random, states: list[str], geometry: Geometry, *, mthp
     for first in range(0, n, tile):
         if chance.random() < share:
             _place(chance, pages, (first, tile), chance.choice(chosen), geometry, mthp=mthp)
-    # Single pages, which cut into whatever is there.
+    # Single pages, which replace others.
     for _ in range(chance.choice((0, 1, 3, n // 32))):
         pages[chance.randrange(n)] = chance.choice([state for state in (*chosen, states[0]) if "large" not in state])
     return one_folio_a_block(_shared_in_part(chance, pages) if {"large", "large_shared"} <= set(states) else pages)

@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Findings:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
         cases: golden cases, all that were recorded.
@@ -112,7 +112,7 @@ class _Lab:
         """A golden case.
 
         Raises:
-            RefusedError: it cannot be staged, or the guest died of it.
+            RefusedError: it cannot be staged, or the guest died.
         """
         try:
             return self._recorder.record(spec, name)

@@ -1,8 +1,7 @@
 """A machine under QEMU that boots a kernel, runs one job, brings its files back, and ends in time.
 
-The host's processor runs it where that works (KVM), which one short boot finds out; otherwise QEMU translates (TCG).
-A boot takes seconds either way. The guest has neither network nor disk. Whatever it does, its process is gone when the
-``with`` block is left.
+The host's processor runs it if KVM works, which a short boot tries; otherwise QEMU translates (TCG). A boot takes
+seconds either way. The guest has neither network nor disk. Its process always ends with the ``with`` block.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ PROBE_SECONDS = 20
 """Seconds in which a guest must show that KVM works; it takes one or two."""
 
 Listen = Callable[[str], None]
-"""Told of every line that the job writes to ``$CHANNEL``."""
+"""Called with every line that the job writes to ``$CHANNEL``."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a guest is to do.
+    """The work of a guest.
 
     Attributes:
-        script: a shell script; what it leaves in ``/out`` comes back.
-        files: files beside it, by name.
-        with_python: have the `world` and the project, at ``/mthp``.
+        script: a shell script; files that it leaves in ``/out`` are copied back.
+        files: files in its directory, by name.
+        with_python: whether the guest has the `world`, and the project at ``/mthp``.
         seconds: its time limit, the boot included.
         memory_mb: of the machine, in MiB.
         cpus: of the machine.
-        parameters: more words for the kernel's command line.
-        silence: seconds without a word, on console or channel, after which the guest counts as stuck.
+        parameters: further words for the kernel's command line.
+        silence: seconds without output on console or channel, after which the guest counts as stuck.
         accelerator: ``kvm`` or ``tcg``; the better one that works, if empty.
     """
 
@@ -70,14 +69,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        exit_code: of the script; None if the guest did not get to its end.
-        console: what it printed, with the kernel's own messages.
-        files: what it left in ``/out``, by path.
-        seconds: how long it took, the boot included.
-        timed_out: it was ended because its time was over, or it said nothing for too long.
+        exit_code: of the script; None if the guest did not finish it.
+        console: its output, with the kernel's messages.
+        files: the files in ``/out``, by path.
+        seconds: its duration, with the boot.
+        timed_out: whether it was ended because its time was over, or because it was silent for too long.
     """
 
     exit_code: int | None
@@ -91,9 +90,9 @@ class Guest:
     """A guest that is booting or running; a context manager, which ends it.
 
     Args:
-        kernel: what to boot.
-        job: what to do.
-        echo: print the console as it comes.
+        kernel: the kernel to boot.
+        job: the work.
+        echo: whether to print the console.
     """
 
     def __init__(self, kernel: Kernel, job: Job, *, echo: bool = False) -> None:
@@ -133,7 +132,7 @@ class Guest:
         (self._directory / "initrd").write_bytes(b"".join(archives))
         (self._directory / "files").touch()
         command = self._command()
-        self._began = time.monotonic()  # what had to be fetched, built and probed first is none of the job's time
+        self._began = time.monotonic()  # without the time to fetch, build and probe
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
         )
@@ -158,10 +157,10 @@ class Guest:
 
     @property
     def channel(self) -> socket.socket:
-        """The other end of the port that the job has as ``$CHANNEL``.
+        """Return the host's end of the port that the job has as ``$CHANNEL``.
 
         Raises:
-            LabError: QEMU did not come up.
+            LabError: QEMU did not start.
         """
         if self._channel is None:
             self._channel = socket.socket(socket.AF_UNIX)
@@ -177,16 +176,16 @@ class Guest:
 
     @property
     def console(self) -> str:
-        """What it printed so far."""
+        """Return the output so far."""
         return self._console.decode(errors="replace").replace("\r", "")
 
     @property
     def remaining(self) -> float:
-        """Seconds until its time is over."""
+        """Return the seconds until its time is over."""
         return self._began + self._job.seconds - time.monotonic()
 
     def drain(self) -> None:
-        """Take what the console holds."""
+        """Read the output that the console has now."""
         self._follow(0, None)
 
     def wait(self, listen: Listen | None = None) -> Outcome:
@@ -200,7 +199,7 @@ class Guest:
         """Read the console, and the channel if there is a listener.
 
         Returns:
-            Whether they closed; otherwise the time is over, or no byte came for `patience` seconds.
+            Whether both are closed; otherwise the time is over, or no byte came for `patience` seconds.
         """
         assert self._process is not None
         assert self._process.stdout is not None
@@ -247,10 +246,10 @@ def run(kernel: Kernel, job: Job, *, echo: bool = False, listen: Listen | None =
 
 @functools.cache
 def kvm_works(kernel: Kernel) -> bool:
-    """Whether the host's own processor runs a kernel.
+    """Return whether the host's processor runs a kernel.
 
-    That /dev/kvm is there says little: a guest may die of what the machine, often a guest itself, does not pass on. So
-    a short boot finds it out, once for each kernel while the machine is up.
+    /dev/kvm alone is not enough: the machine is often a guest itself, and may lack a feature that the kernel uses. So a
+    short boot tries it, once for each kernel while the machine is up.
     """
     if kernel.platform.machine != os.uname().machine or not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
@@ -264,7 +263,7 @@ def kvm_works(kernel: Kernel) -> bool:
 
 
 def _by_line(listen: Listen) -> Callable[[bytes], None]:
-    """Takes chunks, and tells `listen` of whole lines."""
+    """Collects chunks, and calls `listen` with whole lines."""
     kept = bytearray()
 
     def take(chunk: bytes) -> None:
@@ -278,7 +277,7 @@ def _by_line(listen: Listen) -> Callable[[bytes], None]:
 
 
 def _unpacked(stream: bytes) -> tuple[int | None, dict[str, bytes]]:
-    """The exit code and the files in a tar stream that may have been cut off."""
+    """Return the exit code and the files of a tar stream that may be cut off."""
     files: dict[str, bytes] = {}
     with contextlib.suppress(tarfile.TarError, EOFError), tarfile.open(fileobj=io.BytesIO(stream)) as archive:
         for member in archive:

@@ -1,7 +1,7 @@
 """The first file system of a guest: busybox, the modules it needs, the recorder, and an init that runs one job.
 
-What changes from boot to boot, the job, is an archive of its own behind the rest: a shell script and its files. The
-job's output goes to the console. What it leaves in ``/out`` goes to the host as a tar stream through a virtio port,
+The job, which changes from boot to boot, is an archive of its own after the rest: a shell script and its files. The
+job's output goes to the console. Files in ``/out`` go to the host as a tar stream through a virtio port,
 and so does its exit code; then the guest switches itself off.
 """
 
@@ -19,7 +19,7 @@ from vm.kernels import Kernel, Platform
 from vm.tools import need
 
 MODULES = ("virtio_pci", "virtio_console", "virtio_rng", "brd")
-"""What is loaded where it is not built in."""
+"""Modules to load if they are not built in."""
 
 SWAP_KB = 256 << 10
 """Size of the swap space: a RAM disk, which swaps at once ("synchronous") as zram does."""
@@ -142,7 +142,7 @@ def _busybox(platform: Platform) -> Path:
 
 
 def _modules(kernel: Kernel) -> list[tuple[str, bytes]]:
-    """Name and contents of the modules to load, each behind those it depends on."""
+    """Return name and contents of the modules to load, each after those that it depends on."""
     files = {_module_name(path): path for path in kernel.modules}
     ordered: dict[str, bytes] = {}
 

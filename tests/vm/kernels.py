@@ -87,7 +87,7 @@ class Kernel:
     Attributes:
         name: as requested.
         release: of the package, such as ``7.3.4+deb13-cloud-amd64``.
-        platform: what it runs on.
+        platform: the machine that it runs on.
         root: where it is unpacked.
     """
 
@@ -180,7 +180,7 @@ def _packages(apt: Apt, release: str) -> tuple[list[str], bool]:
     image = f"linux-image-{release}"
     fields = apt.fields(image)
     if fields is None:
-        return [], False  # known only because some other package speaks of it
+        return [], False  # known only because another package refers to it
     wanted = re.findall(rf"linux-(?:binary|modules)-{re.escape(release)}(?![\w.-])", fields.get("Depends", ""))
     named = set(apt.names("linux-"))
     parts = [part for part in wanted if part in named]

@@ -49,7 +49,7 @@ cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
 export MTHP_TEST_PROGRAMS=/programs MTHP_TEST_PATIENCE={PATIENCE}
 export MTHP_TEST_ROUNDS=1 MTHP_TEST_STRIDE=32 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8 MTHP_TEST_TARGETS=6
 """
-"""What a script begins with that uses the project in a guest."""
+"""First lines of a script that uses the project in a guest."""
 
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
@@ -59,14 +59,14 @@ Say = Callable[[str], None]
 
 @dataclass
 class Test:
-    """What came of one test.
+    """The result of one test.
 
     Attributes:
         outcome: ``passed``, ``failed`` or ``skipped``; ``began`` until then.
-        seconds: how long it took.
-        why: it was skipped, or how it failed.
-        said: what it printed.
-        tree: the state of mthp and of what the test uses, see `tree`.
+        seconds: its duration.
+        why: the reason of the skip, or the failure.
+        said: its output.
+        tree: the state of mthp and of the files that the test uses, see `tree`.
     """
 
     outcome: str = "began"
@@ -78,14 +78,14 @@ class Test:
 
 @dataclass
 class Row:
-    """What came of a kernel.
+    """The results of a kernel.
 
     Attributes:
-        name, release: which, as in `Kernel`.
-        smoke: what the commands did: a word of `smoke.py`'s report, by command.
+        name, release: as in `Kernel`.
+        smoke: the results of the commands: a word of `smoke.py`'s report, by command.
         tests: by name.
-        seconds: how long it took, all guests together.
-        console: the end of what the last guest printed.
+        seconds: the time of all guests together.
+        console: the end of the output of the last guest.
     """
 
     name: str
@@ -97,17 +97,17 @@ class Row:
 
     @property
     def failures(self) -> list[str]:
-        """What failed, and why."""
+        """Return the failures, and why."""
         lines = [f"mthp {command}: {said}" for command, said in self.smoke.items() if said.startswith("FAILED")]
         lines += [f"{name}: {test.why}" for name, test in self.tests.items() if test.outcome in ("failed", "began")]
         return lines if self.smoke or self.tests else [f"nothing came of it:\n{self.console}"]
 
     def file(self, name: str) -> dict[str, Test]:
-        """The tests of a file."""
+        """Return the tests of a file."""
         return {nodeid: test for nodeid, test in self.tests.items() if _file_of(nodeid) == name}
 
     def save(self) -> None:
-        """Keep it for `saved`."""
+        """Write it to the cache, for `saved`."""
         path = _place(self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -116,7 +116,7 @@ class Row:
 
 
 def saved(name: str) -> Row | None:
-    """What was kept of a kernel."""
+    """Return the kept results of a kernel."""
     if not _place(name).exists():
         return None
     row = Row(**json.loads(_place(name).read_text()))
@@ -134,7 +134,7 @@ def _file_of(nodeid: str) -> str:
 
 @functools.cache
 def tree(test_file: str) -> str:
-    """A short word for the state of mthp and of what a file of live tests uses: all but the lab and other tests."""
+    """Return a hash of mthp and of the files that a file of live tests uses: all but the kernel lab and other tests."""
     files = hashlib.sha256()
     for name, digest in _digests():
         if not Path(name).name.startswith("test_") or Path(name).name == test_file:
@@ -165,17 +165,17 @@ def examine(
     keep: bool = False,
     say: Say = lambda _: None,
 ) -> Row:
-    """Run the commands and the live tests `files` on a kernel, in as many guests as it takes.
+    """Run the commands and the live tests `files` on a kernel, in as many guests as needed.
 
     Args:
-        kernel: which.
+        kernel: the kernel.
         files: of `live_files`.
-        smoke: run the commands, too.
-        row: what is known already; tests that are in it are not run.
+        smoke: whether to run the commands, too.
+        row: kept results; tests in it are not run.
         seconds: the time limit of each guest.
-        echo: print what the guests print, and tell of every test.
-        keep: save the row after every test.
-        say: told of every test that failed, and of every file that is done.
+        echo: whether to print the output of the guests, and every test.
+        keep: whether to save the row after every test.
+        say: called with every failed test and every finished file.
     """
     row = row or Row(kernel.name, kernel.release)
     while smoke or files:
@@ -192,7 +192,7 @@ def examine(
         if keep:
             row.save()
         if (outcome.exit_code is not None and not lost) or (len(row.tests) == known and not smoke):
-            break  # it came to its end, or nowhere
+            break  # it finished, or began no test
         smoke = False
     return row
 
@@ -237,13 +237,13 @@ def _guest(
 
 
 def _wishes() -> str:
-    """Return shell lines that set what this process's environment says of the tests, such as MTHP_TEST_LAYOUTS."""
+    """Return shell lines that set the variables of this environment for tests, such as MTHP_TEST_LAYOUTS."""
     wishes = {name: value for name, value in os.environ.items() if name.startswith("MTHP_TEST_")}
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in wishes.items())
 
 
 def table(rows: list[Row]) -> str:
-    """The kernels by what was run, as text."""
+    """Return the table of kernels and test files, as text."""
     titles = ["", *map(_title, rows)]
     lines = [titles]
     for command in dict.fromkeys(name for row in rows for name in row.smoke):
@@ -258,7 +258,7 @@ def table(rows: list[Row]) -> str:
 
 
 def skips(rows: list[Row]) -> str:
-    """Why tests were skipped, and how many on each kernel, as text."""
+    """Return the reasons of skips, with their number on each kernel, as text."""
     lines = []
     for row in rows:
         counts: dict[str, int] = {}
@@ -270,7 +270,7 @@ def skips(rows: list[Row]) -> str:
 
 
 def _title(row: Row) -> str:
-    """The release without what is the same for all of a platform: ``6.1.0-50``, ``7.3.4-arm64-16k``."""
+    """Return the release without the suffix that all kernels of a platform share: ``6.1.0-50``, ``7.3.4-arm64-16k``."""
     _, dash, platform = row.name.partition("-")
     flavour = split_name(row.name)[1].flavour
     return row.release.removesuffix(f"-{flavour}").partition("+")[0] + dash + platform

@@ -15,7 +15,7 @@ class Port:
         self._file = open(place, "wb", buffering=0) if place else None  # noqa: SIM115 -- open until the end
 
     def tell(self, **what: Any) -> None:
-        """Tell the host."""
+        """Send an object to the host."""
         data = json.dumps(what).encode() + b"\n"
         while self._file and data:
             data = data[self._file.write(data) :]

@@ -1,9 +1,8 @@
-"""Golden cases from a guest: the recorder's raw answers, put into the form of ``tests/golden/README.md``.
+"""Record golden cases in a guest: convert the recorder's raw answers to the form of ``tests/golden/README.md``.
 
-The recorder (``recorder.c``) stages a case in the guest, has it collapsed, and answers with page table entries, folio
-orders, flags and map counts, counters, and lines of the kernel's trace. Here they become what the simulated machine is
-compared with. What a case was meant to be is not trusted: the state of every page is checked against what is seen of
-it, and a case that did not become what it was meant to be is refused.
+The recorder (``recorder.c``) stages a case in the guest, triggers a collapse, and answers with page table entries,
+folio orders, flags and map counts, counters, and lines of the kernel's trace. This module makes a golden case of them.
+It checks the state of every page against the observed one, and refuses a case that was not staged as specified.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _COUNTED = re.compile(
     r"hugepages-\d+kB/(?!.*(shmem|fault)).*|thp_(collapse|scan|split|swp|zero|deferred|migr).*|pswp(in|out)|pgmajfault"
     r"|unevictable_pgs_mlocked|pages_collapsed|full_scans"
 )
-"""The counters that a record has."""
+"""The counters of a record."""
 
 _TRACE = {
     name: re.compile(pattern)
@@ -55,7 +54,7 @@ _ORDER = re.compile(r"order=(\d+)")
 
 
 class RefusedError(Exception):
-    """A case that the guest could not stage, or that did not become what it was meant to be."""
+    """A case that the guest could not stage as specified."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,16 @@ class Spec:
 
     Attributes:
         trigger: ``khugepaged``, ``madvise``, ``split`` or ``trim``.
-        orders: enabled.
+        orders: the enabled orders.
         limits: max_ptes_none, max_ptes_swap, max_ptes_shared.
         vma: words of the mapping.
-        states: one word a page, a ``~`` behind it if the page is to look unused.
+        states: one word a page, with a ``~`` after it if the page must look unused.
         passes: full scans, or calls.
-        child_keeps_all: where something is shared: the child keeps all it has, not only that, and the parent writes
-            to the rest again.
-        about: what the case is there for, if it was not drawn.
-        calls: for ``split`` and ``trim``: what each pass does, as :data:`mthp.sim.golden.calls.CALLS` has it.
+        child_keeps_all: if pages are shared, the child keeps all its pages, not only those, and the parent writes to
+        the
+            others again.
+        about: the purpose of a case that was not drawn at random.
+        calls: for ``split`` and ``trim``: the call of each pass, as :data:`mthp.sim.golden.calls.CALLS` has it.
     """
 
     trigger: str
@@ -87,18 +87,18 @@ class Spec:
 
     @property
     def forks(self) -> bool:
-        """Whether a child shares something."""
+        """Return whether a child shares pages."""
         return any("shared" in state for state in self.states)
 
     @property
     def setup(self) -> str:
-        """The record's word for that."""
+        """Return the record's word for that."""
         if not self.forks:
             return "no_fork"
         return "fork_child_keeps_all_parent_rewrites_anon" if self.child_keeps_all else "fork_child_keeps_only_shared"
 
     def line(self, name: str) -> str:
-        """The case as the recorder reads it."""
+        """Return the case in the recorder's format."""
         states = ",".join(f"{state.replace(':', '/')}:{count}" for state, count in runs_of(self.states))
         calls = [f"{'/'.join(map(str, call)).replace('split_at', 'split')}" for call in self.calls]
         trigger = "calls" if calls else self.trigger
@@ -107,7 +107,7 @@ class Spec:
 
 
 def runs_of(values: Iterable[Any]) -> Runs:
-    """Run lengths: [value, count] of equal neighbours."""
+    """Return run lengths: [value, count] of equal neighbours."""
     return [[value, len(list(group))] for value, group in groupby(values)]
 
 
@@ -115,7 +115,7 @@ class Recorder:
     """A guest that records.
 
     Args:
-        guest: runs the recorder.
+        guest: the guest with the recorder.
     """
 
     def __init__(self, guest: Guest) -> None:
@@ -130,7 +130,7 @@ class Recorder:
 
         Raises:
             RefusedError: it cannot be staged on this kernel.
-            LabError: the guest is gone.
+            LabError: the guest ended.
         """
         self._guest.channel.sendall(spec.line(name).encode())
         answer = self._answer(CASE_SECONDS)
@@ -190,10 +190,10 @@ def _geometry(kernel: Kernel, hello: dict[str, Any]) -> Geometry:
 
 
 def golden_case(spec: Spec, answer: dict[str, Any], version: str, geometry: Geometry) -> dict[str, Any]:
-    """The golden case in an answer.
+    """Return the golden case in an answer.
 
     Raises:
-        RefusedError: the pages are not what they were meant to be.
+        RefusedError: the pages are not in the specified states.
     """
     before = _Look(answer["before"], spec)
     before.check(spec, geometry)
@@ -255,7 +255,7 @@ def _pass(spec: Spec, raw: dict[str, Any], look: _Look, earlier: _Look) -> dict[
 
 
 def _events(lines: list[str], pmd_order: int) -> tuple[dict[str, Any] | None, Runs]:
-    """The scan, and the other events, each with how often it came in succession."""
+    """Return the scan, and the other events, each with its number of repetitions in succession."""
     scan, rows = None, []
     for line in lines:
         matches = ((name, pattern.match(line)) for name, pattern in _TRACE.items())
@@ -284,7 +284,7 @@ def _events(lines: list[str], pmd_order: int) -> tuple[dict[str, Any] | None, Ru
 
 
 class _Look:
-    """What a look at the range showed, page by page."""
+    """One reading of the range, page by page."""
 
     def __init__(self, raw: dict[str, Any], spec: Spec) -> None:
         self._entries, self._orders, self._flags, self._counts = (
@@ -316,7 +316,7 @@ class _Look:
         return number & ((1 << _SWAP_TYPE_BITS) - 1), number >> _SWAP_TYPE_BITS
 
     def _swap(self) -> Runs:
-        """[first entry, slot, count] of adjoining swap entries with adjoining slots."""
+        """Return [first entry, slot, count] of adjoining swap entries with adjoining slots."""
         runs: Runs = []
         for i, order in enumerate(self.orders):
             if order != "swap":
@@ -329,7 +329,7 @@ class _Look:
         return runs
 
     def letters(self, spec: Spec | None = None) -> list[str]:
-        """The letters of every page; with `spec` also which ones look used, as the recorder left them."""
+        """Return the letters of every page; with `spec` also those of pages that look used."""
         found = []
         for i, order in enumerate(self.orders):
             letters, flags = "", self._flags[i]
@@ -343,7 +343,7 @@ class _Look:
         return found
 
     def check(self, spec: Spec, geometry: Geometry) -> None:
-        """Whether every page is what it was meant to be.
+        """Check that every page is in its specified state.
 
         Raises:
             RefusedError: one is not.
@@ -376,10 +376,10 @@ _WANTED: dict[str, int | str] = {
          "uffdwp"), 0,
     ),
 }  # fmt: skip
-"""What a page of each state is seen as."""
+"""The observed state of a page, by the specified one."""
 
 _LETTERS = {
     "shared": "s", "large_shared": "s", "swapcache": "c", "lazyfree": "l", "lazyfree_dirty": "l", "mlocked": "m",
     "uffdwp": "w", "uffd_zero": "w", "uffd_swap": "w", "uffd_marker": "w",
 }  # fmt: skip
-"""And which flags it has to have."""
+"""The flags that it must have, by the specified state."""

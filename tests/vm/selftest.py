@@ -29,7 +29,7 @@ exec python3 -m vm.selftest {mechanism} {orders}
 
 
 def in_guest(kernel: Kernel, orders: tuple[int, ...], mechanism: str) -> int | None:
-    """Run it on a kernel, and print what it says; its exit code, None if it did not come to its end.
+    """Run it on a kernel, print its output, and return its exit code; None if it did not finish.
 
     Args:
         kernel: which.

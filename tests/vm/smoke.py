@@ -1,6 +1,6 @@
-"""Runs in a guest: every command of mthp that matters there, once, on a target that knows what it wrote.
+"""Run in a guest each important command of mthp once, on a target that checks its contents.
 
-``python3 -m vm.smoke`` tells the host, for each command, a short sentence of what it did, or ``FAILED`` and why. Needs
+``python3 -m vm.smoke`` sends the host, for each command, a short sentence of its effect, or ``FAILED`` and why. Needs
 nothing but the package and the standard library.
 """
 
@@ -25,10 +25,10 @@ from mthp.linux.sysfs import ThpSysfs
 from vm.port import Port
 
 RANGES = 4 if mmap.PAGESIZE == 4096 else 1
-"""PMD ranges of the target: 8 MiB, or one range of what is much larger."""
+"""PMD ranges of the target: 8 MiB, or one range where ranges are larger."""
 
 PATIENCE = 300
-"""Seconds that the daemon is given; under emulation most of it goes into starting."""
+"""Seconds for the daemon; under emulation it needs most of them to start."""
 
 TRIES = 3
 """On a busy host single blocks are left as they are, for a moment that was too long: then they are tried again."""
@@ -62,7 +62,7 @@ class _Target:
         self.address = int(process.stdout.readline())
 
     def check(self) -> str:
-        """``intact``, or what is not."""
+        """Return ``intact``, or the difference."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write("check\n")
@@ -92,7 +92,7 @@ def _mthp(*arguments: object, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
 
 
 def doctor() -> str:
-    """What is not ok here."""
+    """Return the abilities that are not ok here."""
     checks = _mthp("doctor")["findings"]
     found = {check["key"]: check for check in checks}
     # From 7.2 on khugepaged collapses to all sizes, and doctor says when it is better to have it do so.
@@ -223,7 +223,7 @@ def _small() -> tuple[Geometry, int, str]:
 
 
 def _not_here(code: int, said: str) -> str:
-    """Why this kernel does not offer what a command asked for; empty if it does."""
+    """Return why this kernel lacks an ability that a command needs; empty if it has it."""
     if refused := re.search(f"the mover does not know {platform.machine()}", said):
         return f"not here: {refused[0]}"
     if code == 3:
@@ -282,7 +282,7 @@ def silence() -> mmap.mmap:
 
 
 def main() -> int:
-    """Run all, and tell of each; 1 if one failed."""
+    """Run all commands, report each, and return 1 if one failed."""
     port = Port()
     kept = silence()
     bad = 0

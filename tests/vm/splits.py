@@ -1,6 +1,6 @@
-"""Cases of splits and trims: a collapse, writes to split_huge_pages, MADV_COLD, and what comes between them.
+"""Cases of splits and trims: a collapse, writes to split_huge_pages, MADV_COLD, and actions between them.
 
-What may come between them are the things that keep a folio from being split, or change what is left of it: pins, locks,
+The actions prevent a split, or change its result: pins, locks,
 forks, pages that are unmapped, moved away or zeroed. They come before or after the collapse, and between the splits.
 """
 
@@ -93,7 +93,7 @@ def _named(geometry: Geometry) -> Iterator[Spec]:
         "cold in part": (collapse, ("cold", 0, n - 1)),
         "cold small folio": (collapse, small, ("cold", 0, size), cold),
     }
-    # Holes first, where the splits begin; then pages and holes by turns.
+    # Holes first, where the splits begin; then pages and holes in turn.
     plain = ["none"] * size + ["anon" if i % 3 else "none" for i in range(n - size)]
     states = {
         "locked": ["mlocked" if state == "anon" else state for state in plain],

@@ -1,6 +1,6 @@
-"""A plugin of pytest that runs in a guest (``-p vm.telling``), and tells the host of the tests.
+"""A plugin of pytest that runs in a guest (``-p vm.telling``), and sends the tests to the host.
 
-Of every test it tells when it begins (``{"test": ...}``) and when it has ended (with ``outcome``, ``seconds``, what the
+It sends an object when a test begins (``{"test": ...}``) and when it has ended (with ``outcome``, ``seconds``, what the
 test ``said``, and, if it did not pass, ``why``). Tests that the file ``/job/done`` names are left out.
 """
 

@@ -1,6 +1,6 @@
-"""The newest kernel to be had boots, mthp's commands run there, fresh cases of it replay, and folios are split.
+"""The newest available kernel boots, mthp's commands run there, new cases of it replay, and folios are split.
 
-The guest in which folios are split runs beside the others: most machines that run tests have their debugfs closed, and
+The guest that splits folios runs beside the others, because most machines that run tests have debugfs closed, and
 emulated tests take minutes. It takes QEMU, a compiler, and packages of the distribution; where one is missing, it says
 so and is skipped.
 """
@@ -28,7 +28,7 @@ CASES = 12
 
 SPLIT_TESTS = ["test_split.py", "test_split_faults.py"]
 SHORT = {"MTHP_TEST_LAYOUTS": "20", "MTHP_TEST_CHURN_SECONDS": "1"}
-"""How long they are here: what is needed to see that all of it works."""
+"""Environment of the tests of splits, which are short here."""
 
 SECONDS = 900
 """Each guest's limit. On a calm machine the first takes half a minute, the second a few seconds."""
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
-    """The newest kernel, with all that a guest of it needs fetched and built."""
+    """Return the newest kernel, with everything for a guest of it fetched and built."""
     for tool in ("qemu-system-x86_64", "x86_64-linux-gnu-gcc", "apt-get", "dpkg-deb"):
         if not shutil.which(tool):
             pytest.skip(f"needs {tool}")
@@ -58,7 +58,7 @@ def kernel() -> Kernel:
 
 @pytest.fixture(scope="module")
 def splitting(kernel: Kernel) -> Iterator[Future[Row]]:
-    """Return what will come of the tests of splits, begun beside the other guests."""
+    """Start the tests of splits beside the other guests, and return their future result."""
     with pytest.MonkeyPatch.context() as environment, ThreadPoolExecutor(1) as thread:
         for name, value in SHORT.items():
             environment.setenv(name, value)

@@ -14,7 +14,7 @@ from vm.apt import LabError
 
 
 def need(program: str, packages: Sequence[str]) -> None:
-    """Have a program: it is there, or its `packages` are installed, where that is Debian and we are root.
+    """Require a program: install its `packages` if it is missing, as root on Debian.
 
     Raises:
         LabError: it is not there and cannot be installed; the text says what would do it.
