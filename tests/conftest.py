@@ -36,7 +36,7 @@ from thp_switches import THP_ROOT, ThpSwitches, windows_kept_out
 from waiting import until
 
 # Commands that print to a pipe follow COLUMNS; the tests want the layout that scripts get. readline, which pytest
-# imports, sets it behind the back of os.environ (rl_change_environment), so that it must be unset there too.
+# imports, sets it without os.environ (rl_change_environment), so it must be unset there, too.
 os.environ.pop("COLUMNS", None)
 os.unsetenv("COLUMNS")
 
@@ -70,7 +70,7 @@ def _can_write(path: Path) -> bool:
 
 
 def _is_root() -> bool:
-    """Root of the machine: that of a user namespace of its own has neither all users nor rights over the rest."""
+    """Return whether this is the root of the machine. Root of another user namespace has not all rights."""
     return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
 
 
@@ -246,7 +246,7 @@ def frozen_cgroup() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(scope="session")
 def swap_space() -> Iterator[None]:
-    """Swap: the machine's own, or a file that is there for this test session only."""
+    """Swap: the machine's own, or a file for this test session."""
     if len(Path("/proc/swaps").read_text().splitlines()) > 1:
         yield
         return

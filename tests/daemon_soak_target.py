@@ -1,8 +1,8 @@
-"""A target of the soak: threads that write and check what they wrote, while it forks; it says how much it did.
+"""A target of the soak: its threads write and check their memory while it forks; it prints its counts.
 
     python daemon_soak_target.py BYTES
 
-It works until its standard input ends, then prints what it did, or dies with what is wrong.
+It works until its standard input ends, then prints its counts, or dies with the difference.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main(size: int) -> None:
     while not ended.wait(0.5):
         child = os.fork()
         if child == 0:
-            # What it sees is of one moment; it looks at some of it, and goes.
+            # The child has the memory of one moment; it checks a part, and exits.
             total = int(words[:: PAGE // 8].sum())
             time.sleep(0.05)
             os._exit(0 if int(words[:: PAGE // 8].sum()) == total else 5)

@@ -43,7 +43,7 @@ FULL, HALF, EMPTY = ((N, Pte.PRESENT, 0),), ((N // 2, Pte.PRESENT, 0), (N // 2, 
 
 
 class FakeProcess:
-    """What a target asks of its process."""
+    """The facts that a target reads of its process."""
 
     def __init__(self) -> None:
         self.faults, self.vanished, self.closed = 100, False, False
@@ -172,7 +172,7 @@ def small_stage(mechanism: Mechanism, *ranges: tuple[tuple[int, int, int], ...],
 
 
 def samples(stage: Stage, *targets: Target) -> dict[tuple[str, ...], float]:
-    """What the page of metrics says of services, rules and the daemon: by metric and values of labels."""
+    """Return the metrics of services, rules and the daemon, by metric and values of labels."""
     pytest.importorskip("prometheus_client")
     from prometheus_client import CollectorRegistry, generate_latest
 

@@ -54,15 +54,15 @@ class RunningDaemon:
 
     @property
     def said(self) -> str:
-        """What it printed."""
+        """Return its output."""
         return self._output.read_text()
 
     def status(self) -> dict[str, Any]:
-        """What ``mthp status`` tells."""
+        """Return the JSON of ``mthp status``."""
         return ask(self.socket, "status")
 
     def target(self, pid: int) -> dict[str, Any] | None:
-        """What it tells of one target."""
+        """Return the status of one target."""
         return next((target for target in self.status()["targets"] if target["pid"] == pid), None)
 
     def collapsed(self, pid: int) -> int:

@@ -25,7 +25,7 @@ _JOURNAL = str(Path(mthp.linux.journal.__file__).parent)
 
 
 class Tunables:
-    """khugepaged's tunables in a directory, and a journal for them beside it."""
+    """khugepaged's tunables in a directory, and a journal for them."""
 
     def __init__(self, directory: Path) -> None:
         self.thp, self.root = directory / "thp", directory / "run"

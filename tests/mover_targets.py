@@ -36,7 +36,7 @@ GEOMETRY = ThpSysfs().geometry()
 
 ORDER = 4
 BLOCK = GEOMETRY.size_of(ORDER)
-"""What the tests move, if they do not say otherwise: there is such an order on every machine."""
+"""The order that tests move by default, which every machine has."""
 
 BLOCK_SIZE = size_name(ORDER)
 
@@ -185,14 +185,14 @@ WAITERS = (
     *("nanosleep", "poll", "select", "epoll_wait", "epoll_pwait", "futex", "read", "accept", "recv with timeout"),
     *("sigtimedwait", "semop", "io_getevents", "waitpid", "pause", "ppoll", "write"),
 )
-"""What the threads of ``programs/mover_waiters.c`` wait in, by number."""
+"""The calls in which the threads of ``programs/mover_waiters.c`` wait, by number."""
 
 
 SYSCALLS = (
     *("nanosleep", "poll", "epoll_wait", "futex", "read", "accept", "recv with timeout", "sigtimedwait", "semop"),
     *("io_getevents", "waitpid", "pause"),
 )
-"""What the threads of ``programs/mover_syscalls.c`` call, by number."""
+"""The calls of the threads of ``programs/mover_syscalls.c``, by number."""
 
 SYSCALL_TIMEOUT = 0.02
 """Seconds after which calls that can time out do so, in every second turn."""
@@ -307,7 +307,7 @@ class Waiters:
 
 @contextlib.contextmanager
 def program(code: str, *arguments: str) -> Iterator[tuple[int, str]]:
-    """A Python process: its PID, and what it said first; skips the test if that is "none"."""
+    """Start a Python process, and return its PID and first line; skip the test if that is "none"."""
     with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -356,14 +356,14 @@ def clone(flags):
     stack = memory(16) + 16 * PAGE
     return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
 """
-"""What a target that is written in Python begins with: system calls by number, memory, threads, clone(2).
+"""First lines of a target in Python: system calls by number, memory, threads, clone(2).
 
 Numbers that are not named here are the same on every machine.
 """
 
 
 def open_window(process: Process, **arguments: object) -> list[BlockOutcome]:
-    """Move a block of some private memory of a process, and return what came of it."""
+    """Move a block of some private memory of a process, and return the outcome."""
     size = GEOMETRY.size_of(2)
     for line in process.read("maps").decode().splitlines():
         span, permissions, _, _, inode, *name = line.split()
@@ -376,7 +376,7 @@ def open_window(process: Process, **arguments: object) -> list[BlockOutcome]:
 
 
 def belongings(pid: int) -> tuple[list[str], list[str], list[str]]:
-    """Return what a process has: its mappings, open files and threads."""
+    """Return the mappings, open files and threads of a process."""
     process = Path(f"/proc/{pid}")
     files = sorted(path.name for path in (process / "fd").iterdir())
     return mappings(pid), files, sorted(path.name for path in (process / "task").iterdir())

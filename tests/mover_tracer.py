@@ -30,7 +30,7 @@ ORDER = 4
 BLOCKS = 64
 STOPPED_SECONDS = (0.1, 0.1, 0.1, 4.0)
 """For how long a tracer is stopped before it is killed: longer than a worker that is done waits for it, and longer than
-it waits for other threads that it cannot tell to have left."""
+it waits for other threads, and cannot detect that they left."""
 
 
 def killer(name: str, count: int) -> Observer:

@@ -103,7 +103,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Limits:
-    """How many PTEs of each kind one look at a run lets pass."""
+    """Limits of PTEs of each kind in a run."""
 
     none: int
     swap: int
@@ -112,7 +112,7 @@ class Limits:
 
 @dataclass
 class Walk:
-    """What a policy did to one range.
+    """The result of a policy for one range.
 
     Attributes:
         scan_result: what ended the range without an attempt; None if nothing did.
@@ -215,7 +215,7 @@ def scan(
 def isolate(
     range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, series: bool = False
 ) -> ScanResult:
-    """Attempt a run: read swap entries back, then look at each PTE again under the limits of the order.
+    """Attempt a run: read swap entries back, then check each PTE again under the limits of the order.
 
     Follows __collapse_huge_page_swapin, which goes before everything else, and __collapse_huge_page_isolate.
 
@@ -374,7 +374,7 @@ def mainline(range_: Range, rules: Rules) -> Walk:
     pmd_order, unlimited = range_.pmd_order, range_.size
     enabled = rules.orders if rules.khugepaged else frozenset({pmd_order})
     limits = scaled(range_, rules, pmd_order)
-    # Only where nothing but the PMD size can come of it does the scan stop early at empty PTEs.
+    # The scan stops early at empty PTEs only if just the PMD size is possible.
     scan_none = limits.none if enabled == {pmd_order} else range_.size - 1
     result = scan(range_, rules, 0, pmd_order, Limits(scan_none, limits.swap, limits.shared))
     if result != ScanResult.SUCCEED:
@@ -407,7 +407,7 @@ def mainline(range_: Range, rules: Rules) -> Walk:
 
 
 def _behind(range_: Range, offset: int, order: int) -> tuple[int, int]:
-    """The offset behind a run, and the largest order that its alignment allows."""
+    """Return the offset after a run, and the largest order that its alignment allows."""
     offset += 1 << order
     order = 0
     while order < range_.pmd_order and offset % (2 << order) == 0:

@@ -1,6 +1,6 @@
-"""The command line as a process of its own, what the kernel says of a process, and targets that prove their contents.
+"""Run the command line as a process, read facts of a process from the kernel, and start targets that check themselves.
 
-An :class:`Actor` fills pages with a pattern that depends on the address, and can tell afterwards how many of them
+An :class:`Actor` fills pages with a pattern that depends on the address, and reports afterwards how many of them
 still hold it, as the target itself sees them. It runs without site-packages, so this module needs the standard
 library only.
 """
@@ -56,7 +56,7 @@ def mthp_json(*arguments: object, code: int = 0, **options: Any) -> dict[str, An
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process, or of a part of it, as smaps has them."""
+    """Bytes of a process, or of a part of it, from smaps."""
 
     rss: int
     anon_huge: int

@@ -1,4 +1,4 @@
-"""The command line end to end: what each command prints, for whom, and that a pipe gets nothing but that."""
+"""The command line end to end: the output of each command on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_pat
     assert recorded["target"].startswith(f"{actor.pid} (")
     options = ["--policy", "rfc", "--orders", "64K,2M", "--max-ptes-none", 255]
     live, replayed = mthp_json("plan", actor.pid, *options), mthp_json("plan", file, *options)
-    # The budget is a share of what is resident, which the kernel counts as it goes.
+    # The budget is a share of the resident memory, which the kernel counts with a delay.
     allowed = [answer.pop("by_default") for answer in (live, replayed)]
     assert allowed[0]["folios_by_order"] == allowed[1]["folios_by_order"]
     assert replayed == live
@@ -209,7 +209,7 @@ def test_names_do_not_act_on_the_terminal(tmp_path: Path, on_terminal: bool) -> 
 
 
 def on_a_terminal(arguments: list[str]) -> str:
-    """What a terminal gets, 300 columns wide."""
+    """Return the output on a terminal of 300 columns."""
     ours, theirs = os.openpty()
     os.set_blocking(ours, True)
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "300"}

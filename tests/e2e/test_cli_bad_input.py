@@ -346,7 +346,7 @@ def test_a_reader_that_has_enough_after_a_line() -> None:
         assert running.stdout.readline()
         running.stdout.close()
         assert running.stderr.read() == b""
-        # What was printed may have fitted into the pipe.
+        # The output may have fitted into the pipe.
         assert running.wait() in {0, 1}
 
 

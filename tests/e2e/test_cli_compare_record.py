@@ -1,4 +1,4 @@
-"""compare and record through the command line: what they say, their JSON, and bad input."""
+"""compare and record through the command line: text, JSON, and bad input."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def started(*arguments: object, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[str]:
     """Start mthp as a job of its own, and wait until it handles signals (SigCgt of proc_pid_status(5))."""
-    # A child inherits what is ignored, and has the default action for the rest.
+    # A child inherits ignored signals, and has the default action for the others.
     before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
     try:
         for number in ignored:
@@ -104,7 +104,7 @@ def test_what_was_ignored_stays_so(number: signal.Signals, tmp_path: Path) -> No
 
 
 def test_a_closed_terminal(tmp_path: Path) -> None:
-    """Its processes get SIGHUP, and an error for what they print."""
+    """Its processes get SIGHUP, and their writes fail."""
     arguments = [*MTHP, *map(str, arguments_of("simulate", tmp_path))]
     pid, leader = pty.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""``mthp simulate`` through the command line, and the report on what it wrote."""
+"""``mthp simulate`` through the command line, and the report on its output."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_a_process_that_is_not_there() -> None:
 
 
 def on_terminal(command: list[str]) -> tuple[str, int]:
-    """Run a command on a terminal of its own, press q once there is a table: what it wrote, and its exit code."""
+    """Run a command on a new terminal, press q at the first table, and return its output and exit code."""
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "110", "LINES": "32"}
     process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)

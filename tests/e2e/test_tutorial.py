@@ -42,7 +42,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, thp_switches: ThpSwitche
     assert done.returncode == 0, done.stderr + done.stdout
     assert "ready" in done.stdout
     assert (tmp_path / "holes.html").stat().st_size > 10_000
-    # The collapse did what the text says: the snapshot after it has the program's memory in folios of 2M.
+    # As the text says, the snapshot after the collapse has the program's memory in folios of 2M.
     kept = mthp.inspect(tmp_path / "holes.parquet")
     assert kept.anonymous.coverage.pages[PMD_ORDER] * PAGE_SIZE > 0.9 * (64 << 20), done.stdout
 

@@ -1,4 +1,4 @@
-"""Reads the recorded cases of real kernels: gzip, one JSON object a line (``README.md`` here says what is in them)."""
+"""Read the recorded cases of real kernels: gzip, one JSON object a line, with the keys of ``README.md`` here."""
 
 from __future__ import annotations
 

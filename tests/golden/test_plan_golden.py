@@ -1,9 +1,9 @@
 """Plans against what real kernels did, page by page and attempt by attempt.
 
-`mainline` is held against kernels of 7.2 and later, `rfc`, `rfc2` and `per-order` against kernels with their series.
+`mainline` is compared with kernels of 7.2 and later, `rfc`, `rfc2` and `per-order` with kernels with their series.
 
 A plan is a pure function of the PTEs. Three things that the recorded machines had are not in its planes. The tests set
-the cases that meet them aside, and tell them from the recording, never from the plan's being wrong:
+the cases that meet them aside, and detect them from the recording, never from a wrong plan:
 
 - *Pinned pages.* A pin is an extra reference; the kernel's scan ends the range at it.
 - *The LRU batch.* The small folios that a failed isolation had taken go back through the CPU's batch, which holds an
@@ -82,7 +82,7 @@ def attempts_by_case(plan: Plan) -> list[list[Attempt]]:
 @pytest.mark.parametrize("series", SERIES)
 @pytest.mark.parametrize(("kind", "least"), [("anon", 240), ("states", 60)])
 def test_every_case_of_a_series_that_a_plan_can_foresee(series: str, kind: str, least: int) -> None:
-    """Not swap, which a failed attempt reads back, nor large folios, behind which a series leaves the alignment."""
+    """Not swap, which a failed attempt reads back, nor large folios, after which a series leaves the alignment."""
     beyond = ("swap", "large") if kind == "states" else ()
     cases = [
         case
@@ -103,10 +103,10 @@ def test_every_case_of_a_series_that_a_plan_can_foresee(series: str, kind: str, 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What a plan says of one case.
+    """The plan of one case.
 
     Attributes:
-        case: what a kernel did.
+        case: the recording.
         orders: the plan's row of orders.
         attempts: the plan's attempts.
         scan_result: the plan's.
@@ -143,7 +143,7 @@ def states() -> list[Foreseen]:
 
 
 def beyond_a_plan(case: Case) -> str:
-    """What the case has that planes cannot say; ``""`` if nothing."""
+    """Return the fact of the case that planes cannot have; ``""`` if there is none."""
     if "pinned" in case.before:
         return "pinned"
     if any(word == BATCH_WORD for _, word in case.attempts):

@@ -25,7 +25,7 @@ APART = {
     series_file("pache-rfc1-reconstructed", "states"): {WRITABLE: 6},
     series_file("pache-rfc2", "states"): {WRITABLE: 1},
 }
-"""Cases that rest on what nothing recorded tells; no other file has any."""
+"""Files with cases that depend on unrecorded facts."""
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ class UnobtainableError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of the test said.
+    """The output of one run of the test.
 
     Attributes:
         passed, failed: names of its parts.
@@ -197,7 +197,7 @@ def _main(orders: list[str]) -> int:
 
 
 def tries(order: str) -> Iterator[Outcome]:
-    """Run the part about mTHP until all of it passes, or it was tried often enough."""
+    """Run the part about mTHP until all of it passes, or the tries are used up."""
     waited = 0
     for _ in range(MOST_TRIES):
         outcome = run("-c", order, "mthp_khugepaged:anon")
@@ -208,7 +208,7 @@ def tries(order: str) -> Iterator[Outcome]:
 
 
 def passes(order: str) -> bool:
-    """Return whether the part about mTHP passes within `TRIES` tries, and print each."""
+    """Return whether the part about mTHP passes in one of the tries, and print each."""
     for attempt, outcome in enumerate(tries(order), 1):
         print(f"order {order} with the daemon, try {attempt}:", told(outcome))
     return len(outcome.passed) == PARTS

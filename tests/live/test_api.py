@@ -73,7 +73,7 @@ def mapped(size: int) -> NDArray[np.uint8]:
 
 @thp
 def test_a_numpy_array(base_pages: None) -> None:
-    # The allocator maps what is larger than 32 MiB for itself.
+    # The allocator makes a mapping for each allocation above 32 MiB.
     array = np.arange(4 * PMD_SIZE, dtype=np.float64)
     before = huge_within(address_of(array), array.nbytes)
     report = mthp.collapse_buffer(array)

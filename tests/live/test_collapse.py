@@ -1,4 +1,4 @@
-"""``mthp collapse`` on a real kernel: what it reports is what smaps says, and the target keeps its contents."""
+"""``mthp collapse`` on a real kernel: its report agrees with smaps, and the target keeps its contents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def actor() -> Iterator[Actor]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Memory of an actor: its address, and how much of it holds anything."""
+    """Memory of an actor: its address, and the bytes with contents."""
 
     actor: Actor
     address: int
@@ -165,7 +165,7 @@ def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
 
 def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
     layout = Layout.of(actor)
-    # Full ranges only: what is planned is done, but the others stay as they are.
+    # Full ranges only: the plan is carried out, and the other ranges are unchanged.
     full_only = ["--orders", f"order={PMD_ORDER}", "--max-ptes-none", 0]
     report = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", code=1)
     assert report["complete"]
@@ -184,7 +184,7 @@ def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> N
 
 
 def test_the_coverage_is_that_of_the_pages(actor: Actor) -> None:
-    # Memory that must stay as it is counts among what is resident, but is not planned.
+    # Memory that must not change counts as resident, but is not planned.
     spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     actor.fill(spared, PAGES)
     layout = Layout.of(actor)
@@ -320,7 +320,7 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
 def test_a_rate_is_kept(actor: Actor) -> None:
     many(actor, 10)
     report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))
-    # The first batch goes ahead at once, and what a tenth of a second allows is saved up.
+    # The first batch starts at once, and the budget of a tenth of a second is saved up.
     rate = 20 << 20
     assert report["elapsed_seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
 

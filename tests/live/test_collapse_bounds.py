@@ -1,4 +1,4 @@
-"""What a collapse may add, and what it must leave free: a sparse target in a memory cgroup lives on, and grows."""
+"""Limits of added and free memory: a sparse target in a memory cgroup survives, and grows."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
 
 @pytest.mark.parametrize(("flags", "least"), [("ts", 200), ("fts", 1)])
 def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, least: int) -> None:
-    """With f the target forks all the time, and what is shared with a child just then is left alone."""
+    """With f the target forks all the time, and pages that a child shares at that moment are left alone."""
     made = 0
     with Writers(tmp_path, 6, 16, flags) as target:
         for _ in range(200):
@@ -294,7 +294,7 @@ def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> No
 
 
 def test_killed_in_the_middle(tmp_path: Path) -> None:
-    """The target is whole, and switches are put back; what may be left is code that no thread runs."""
+    """Check that the target is intact and switches are put back. Code that no thread runs may remain."""
     words = switches()
     survivors = 0
     for delay in (0.0, 0.01, 0.03, 0.05):
@@ -315,7 +315,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 30])
 def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
-    """Ctrl-Z stops mthp when the target runs and switches are back, and it goes on when told."""
+    """Ctrl-Z stops mthp once the target runs and switches are put back; SIGCONT continues it."""
     with Writers(tmp_path, 3, 4) as target:
         words = switches()
         running = suspended(target.pid, step)

@@ -54,7 +54,7 @@ def orders(pid: int, start: int, pages: int) -> list[int]:
 
 
 def mapped_between_guards(actor: Actor, first: int, pages: int) -> int:
-    """Return the address of `pages` pages with the pattern, which begin `first` pages behind a PMD range's start."""
+    """Return the address of `pages` pages with the pattern that begin `first` pages after the start of a PMD range."""
     around = -(-(first + pages + 1) * PAGE_SIZE // PMD_SIZE) * PMD_SIZE
     reserved = actor.map(around)
     actor.tell("mprotect", reserved, around, 0)
@@ -79,7 +79,7 @@ def test_a_block_of_four_pages_in_a_mapping_of_five(actor: Actor) -> None:
 
 
 def test_the_edges_of_a_large_mapping(actor: Actor) -> None:
-    """What is left of and behind its whole PMD ranges; the ranges themselves are planned as ever."""
+    """The memory before and after its whole PMD ranges; the ranges themselves are planned as usual."""
     edge, pages = 24, 24 + PMD_SIZE // PAGE_SIZE + 40
     address = mapped_between_guards(actor, PMD_SIZE // PAGE_SIZE - edge, pages)
     before = mthp_json("plan", actor.pid, "--orders", "16K,32K,64K,128K")

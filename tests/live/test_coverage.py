@@ -61,7 +61,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The PID of a process that has done what the parameter says."""
+    """Start a process that makes the layout of the parameter, and return its PID."""
     code = (
         TARGET.format(pmd=PMD_SIZE, page=PAGE_SIZE) + request.param + "\nprint('ready', flush=True)\nsys.stdin.read()"
     )

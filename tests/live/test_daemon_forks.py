@@ -1,4 +1,4 @@
-"""A target that forks, writes while its child runs, and goes on: as Redis does when it saves its data."""
+"""A target that forks, writes while its child runs, and continues, as Redis does when it saves its data."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_no_byte_is_wrong_no_target_dies_and_the_daemon_does_not_grow(
         with RunningDaemon(tmp_path / "run", "--config", str(rules)) as daemon:
             until(lambda: len(daemon.status()["targets"]) == TARGETS, "all targets")
             until(lambda: daemon.status()["counters"]["collapsed_bytes"] > 0, "the first collapse")
-            # What is loaded and learnt in each first pass is not growth.
+            # Modules and facts that each first pass loads do not count as growth.
             until(lambda: all(target["passes"] for target in daemon.status()["targets"]), "a pass over each")
             begun = time.monotonic()
             time.sleep(min(SECONDS / 4, 30))

@@ -23,7 +23,7 @@ SETTINGS = ("**/enabled", "khugepaged/max_*", "khugepaged/*_millisecs", "khugepa
 
 @contextlib.contextmanager
 def demo() -> Iterator[subprocess.Popen[str]]:
-    """A demo that says on standard error what it begins."""
+    """A demo that prints each stage on standard error."""
     command = [*MTHP, "demo", "--size", "32M", "--seconds", "10ms"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     try:
@@ -34,7 +34,7 @@ def demo() -> Iterator[subprocess.Popen[str]]:
 
 
 def stages() -> list[str]:
-    """What a whole demo begins, in order."""
+    """The stages of a whole demo, in order."""
     with demo() as process:
         return [line for line in process.communicate(timeout=PATIENCE)[1].splitlines() if line.endswith(" ...")]
 

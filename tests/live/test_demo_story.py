@@ -1,4 +1,4 @@
-"""The demo's story, on small workloads: what it says is so, and what it says where rights or memory are missing."""
+"""The demo on small workloads: its figures are right, and it reports missing rights and memory."""
 
 from __future__ import annotations
 

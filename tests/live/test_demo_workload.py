@@ -1,4 +1,4 @@
-"""The demo's workload as a real process: its memory, its answers across a collapse, and that it never stays behind."""
+"""The demo's workload as a real process: its memory, its answers across a collapse, and its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor's trials on the kernel that is there: they tell the truth, and leave nothing behind."""
+"""The doctor's trials on this machine's kernel: they are right, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_trial_of_madv_collapse_really_collapses(thp_switches: ThpSwitches, 
     before = sysfs.vmstat()
     assert probe_collapse(sysfs.geometry()) == 0
     after = sysfs.vmstat()
-    # What is huge already needs no new folio.
+    # Memory that is huge already needs no new folio.
     assert after["thp_collapse_alloc"] > before["thp_collapse_alloc"]
 
 

@@ -163,7 +163,7 @@ assert libc.syscall(ctypes.c_long(427), ctypes.c_long(ring), ctypes.c_long(0), v
 
 @pytest.fixture
 def program(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterator[tuple[int, int]]:
-    """A process that does what the parameter says: its PID, and the address of its memory."""
+    """Start the process of the parameter, and return its PID and the address of its memory."""
     # No fault brings a huge page.
     thp_switches.default()
     code = (PROGRAM + request.param).format(pmd=PMD_SIZE, page=PAGE_SIZE)
@@ -220,7 +220,7 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def scanned(puppet: Puppet, thp_switches: ThpSwitches) -> tuple[int, int]:
-    """Two PMD ranges that a busy khugepaged passes again and again, and leaves alone for their holes."""
+    """Two PMD ranges that a busy khugepaged scans repeatedly, and leaves alone because of their holes."""
     thp_switches.default()
     for name, word in {"max_ptes_none": "100", "scan_sleep_millisecs": "100", "pages_to_scan": "2000000"}.items():
         thp_switches.set(f"khugepaged/{name}", word)

@@ -62,7 +62,7 @@ while True:
 
 @contextlib.contextmanager
 def target(*, apart: bool = False, advised: bool = False) -> Iterator[tuple[int, int]]:
-    """A process that reads its hot PMD ranges again and again: its PID, and where its memory begins.
+    """Start a process that reads its hot PMD ranges repeatedly, and return its PID and the address of its memory.
 
     Args:
         apart: each PMD range is a mapping of its own, with one between that is not accessible.
@@ -125,7 +125,7 @@ def test_a_plan_ranks_by_what_damon_saw() -> None:
     with target(advised=True) as (pid, _):
         plan = mthp_json("plan", pid, "--heat", f"damon:{SECONDS}s", "--json")
     assert plan["heat"]["source"].startswith("damon")
-    # khugepaged may have made huge pages of some of it by then.
+    # khugepaged may have made huge pages of a part by then.
     assert plan["heat_share"] > 0.1
     assert plan["heat"]["cpu_seconds"] > 0
 

@@ -80,7 +80,7 @@ def test_every_order_that_was_faulted_in_is_seen(
         assert totals.rss == totals.anonymous == 2 * PMD_SIZE
         assert totals.anon_huge_pages == (2 * PMD_SIZE if order == PMD_ORDER else 0)
 
-    # The same in one read, in another order, cut inside PMD ranges: orders do not depend on what is read together.
+    # The same in one read, in another order, cut inside PMD ranges: orders do not depend on how reads are combined.
     cuts = [(address + 5 * PAGE, address + PMD_SIZE + 300 * PAGE) for address in reversed(layout.values())]
     together = space.read(cuts)
     each = (cuts[0][1] - cuts[0][0]) // PAGE

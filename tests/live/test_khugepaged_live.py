@@ -1,4 +1,4 @@
-"""khugepaged in user space on a living process: it does what a plan foretells, and the seam's own check passes."""
+"""khugepaged in user space on a live process: it carries out what a plan predicts, and the seam's check passes."""
 
 from __future__ import annotations
 

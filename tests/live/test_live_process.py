@@ -232,7 +232,7 @@ def test_collapse_makes_one_huge_page(puppet: Puppet, thp_switches: ThpSwitches)
 def test_what_is_to_be_tried_again_is_tried_once_more(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch, answers: list[int], result: ScanResult
 ) -> None:
-    # The second call of the first case says that it succeeded, and nothing is there.
+    # The second call of the first case reports success without an effect.
     left = list(answers)
     monkeypatch.setattr(abi, "process_madvise", lambda *_: left.pop(0))
     with open_live(puppet.pid) as space:

@@ -1,4 +1,4 @@
-"""The mover behind the seam: `collapse_blocks` of a living process, with every reason that a block may be given."""
+"""The mover through the seam: `collapse_blocks` of a live process, with every refusal of a block."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:
                 assert target.errors == 0
             return moved > 50
 
-        # What is shared with a child at the moment is left alone.
+        # Pages that a child shares at that moment are left alone.
         until(move_all, lambda: f"blocks that no child shares; there were {moved}")
         assert [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")] == [
             f"{target.base:x}-{target.base + target.size:x} rw-p"

@@ -132,7 +132,7 @@ def test_every_order(memory: Callable[[int], int], journal: SwitchJournal, order
     assert intact(address, size)
     assert mappings(address, size) == [(address, address + size)]
     assert {path: path.read_text() for path in switches} == switches
-    # It goes on being memory like any other.
+    # It can still be used as before.
     words(address, size)[:] = 3
     assert int(words(address, size).sum()) == 3 * size // 8
 
@@ -293,7 +293,7 @@ def test_the_first_process_of_a_container_may_collapse_itself(tmp_path: Path) ->
 
 
 def in_python(code: str, *arguments: object, limit: float = 2 * PATIENCE, prefix: tuple[str, ...] = ()) -> str:
-    """What a program of its own prints; TimeoutExpired if it hangs."""
+    """Run a program in a new process, and return its output; TimeoutExpired if it hangs."""
     code = code.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
         [*prefix, sys.executable, "-c", code, *map(str, arguments)],
@@ -338,7 +338,7 @@ def test_a_child_forked_meanwhile_sees_everything(memory: Callable[[int], int], 
     codes = []
     while mover.is_alive():
         codes += [fork_and_look() for _ in range(3)]
-        # What a child shares at that moment is refused: so there is one whole call without any, now and then.
+        # Pages that a child shares are refused, so some calls run without a child.
         before = calls
         until(lambda before=before: calls > before + 1 or not mover.is_alive(), "two calls")  # type: ignore[misc]
     mover.join()

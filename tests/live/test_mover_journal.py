@@ -55,7 +55,7 @@ def is_settled(root: Path, wanted: dict[str, str]) -> bool:
 
 @pytest.fixture
 def machine_words(thp_switches: ThpSwitches) -> dict[str, str]:
-    """The words of all switches; what a test leaves changed is put back whatever comes."""
+    """The words of all switches. Changes of a test are always put back."""
     for path in THP_ROOT.glob("hugepages-*kB/enabled"):
         name = str(path.relative_to(THP_ROOT))
         text = path.read_text()

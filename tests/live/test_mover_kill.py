@@ -31,7 +31,7 @@ SIGNALS = ("KILL", "KILL", "HUP", "STOP")
 
 
 class Victim:
-    """A target and the tracer that is killed over and over."""
+    """A target, and the tracer that is killed repeatedly."""
 
     def __init__(self, directory: Path) -> None:
         self.target = Writers(directory, THREADS, MEGABYTES, "s")
@@ -50,7 +50,7 @@ class Victim:
         assert self._tracer.stdout.readline() in ("-9\n", "-1\n"), f"the tracer was not killed at {command}"
 
     def fate(self) -> str:
-        """``"intact"``, ``"dead"``, or what is wrong."""
+        """Return ``"intact"``, ``"dead"``, or the difference."""
         try:
             survives = self.target.survives()
         except AssertionError as error:

@@ -1,4 +1,4 @@
-"""The mover on living targets: right bytes, wanted orders, and nothing left behind."""
+"""The mover on live targets: right bytes, the planned orders, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_target_that_executes_another_program_is_left_alone() -> None:
 
 @pytest.fixture
 def as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has holes is not filled first, as it is on processors with protection keys."""
+    """A block with holes is not filled first, as on processors with protection keys."""
     monkeypatch.setattr(mover_session, "has_protection_keys", lambda: False)
 
 

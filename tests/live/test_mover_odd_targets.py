@@ -1,4 +1,4 @@
-"""Targets that are odd, or out of luck, when the mover comes to them: left as they were, and told why.
+"""Unusual targets of the mover: unchanged, and refused with the reason.
 
 No test here needs a switch set: what matters is what happens to the target, not which folios it gets.
 """

@@ -36,7 +36,7 @@ def only_blocks(thp_switches: ThpSwitches) -> None:
 
 @contextlib.contextmanager
 def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], Callable[[], int]]]:
-    """A process with a registered buffer: its PID, words of its control page, and what is to be called at the end."""
+    """Start a process with a registered buffer: its PID, a reader of its control page, and a function to end it."""
     path = directory / "uring"
     path.write_bytes(bytes(4096))
     process = subprocess.Popen([compiled("mover_uring"), str(path)])
@@ -129,7 +129,7 @@ def test_a_thread_of_io_uring_is_not_given_our_code() -> None:
 
 
 def test_a_program_that_may_not_make_memory_executable_is_moved() -> None:
-    """PR_SET_MDWE: what is to be executed must be so from the first, and cannot be written by the program."""
+    """PR_SET_MDWE: memory must be executable from the start, and the program cannot write it."""
     with program(MDWE) as (pid, said), Process(pid) as process:
         with MoverSession(process, GEOMETRY, duty=1.0) as session:
             (outcome,) = session.move([(int(said), ORDER)], verify=True)

@@ -148,7 +148,7 @@ class Redis:
             assert self._file.readline() == b"+OK\r\n"
 
     def wrong(self) -> int:
-        """How many values are not what they were set to."""
+        """Return the number of values that differ from those set."""
         wrong = 0
         for key in range(KEYS):
             self._send(b"GET", b"mine:%d" % key)

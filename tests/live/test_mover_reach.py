@@ -127,7 +127,7 @@ def test_between_two_windows_a_target_has_what_it_had(
         with MoverSession(process, GEOMETRY, duty=1.0) as session:
             session.move([(target.base, ORDER)])
             assert belongings(target.pid)[0] == before
-        # When the worker has been told to unmap everything, it may have done so at once, or not.
+        # After the command to unmap everything, the worker may or may not have done so.
         clean = {step for step, same in seen.items() if same} - {Step.UNMAPPING}
         assert clean == {Step.STOPPED, Step.LOADED, Step.BOOTED, Step.UNPARKED} | {
             each for each in Step if each >= Step.UNMAPPED

@@ -1,4 +1,4 @@
-"""Each refusal on a process that really is so: what the kernel shows of it is what the checks look for.
+"""Each refusal on a process of that kind: the kernel shows the facts that the checks expect.
 
 A target is a small Python program that makes itself so through ctypes, says "ready" and waits.
 """
@@ -127,7 +127,7 @@ def refusals(space: LiveAddressSpace) -> dict[str, Refusal]:
 
 
 def comes_to_be(space: LiveAddressSpace, keys: set[str]) -> None:
-    """Wait until these are the refusals: its threads take their time to do what they were started for."""
+    """Wait until these are the refusals, because the threads of the target need time to start."""
     until(lambda: set(refusals(space)) == keys, lambda: f"{keys}: {set(refusals(space))}")
 
 
@@ -324,7 +324,7 @@ def test_low_memory() -> None:
 
 
 def test_many_threads() -> None:
-    """What they cost in every window is in the reason, and how to accept it."""
+    """The reason has their cost in every window, and how to accept it."""
     code = "import threading; e = threading.Event()\n"
     code += "for _ in range(9): threading.Thread(target=e.wait, daemon=True).start()\n"
     code += "print('ready', flush=True); e.wait()"
@@ -455,5 +455,5 @@ def test_the_stack_of_a_thread_that_runs_is_not_known() -> None:
         until(lambda: len(special_ranges(space.process).stacks) == 1, "the one thread to run, the other to sleep")
         assert len(special_ranges(space.process).robust_lists) == 2
         os.kill(pid, signal.SIGSTOP)
-        # Stopped, it tells.
+        # Once it is stopped, the kernel shows it.
         until(lambda: len(special_ranges(space.process).stacks) == 2, "the stop")

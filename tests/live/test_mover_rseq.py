@@ -1,4 +1,4 @@
-"""A thread that is disturbed inside a restartable sequence goes on at the sequence's abort handler."""
+"""A thread that is stopped inside a restartable sequence continues at the sequence's abort handler."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ QUEUED = 10 * TURNS
 """Signals."""
 
 LEAKING = {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"}
-"""What a plain stop has return EINTR."""
+"""Calls that return EINTR after a plain stop."""
 
 NOT_REPAIRED = LEAKING if os.uname().machine == "aarch64" else set()
-"""Where the kernel does not tell that it was the stop."""
+"""Machines on which the kernel does not show that a stop interrupted the call."""
 
 
 def _move_all(target: Waiters, rounds: int) -> None:
@@ -81,7 +81,7 @@ def test_waiting_threads_notice_nothing(tmp_path: Path, thp_switches: ThpSwitche
 def test_without_the_repair_some_would_return_eintr(
     tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list of calls to repair is needed: this is what a plain stop does to them."""
+    """Check that the list of calls to repair is needed: a plain stop breaks each."""
     thp_switches.only(BLOCK_SIZE, word="always")
     monkeypatch.setattr(x86_64, "EINTR_CALLS", frozenset())
     with Waiters(tmp_path) as target:
@@ -91,7 +91,7 @@ def test_without_the_repair_some_would_return_eintr(
 
 
 def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches: ThpSwitches) -> None:
-    """Twelve system calls, which time out or get what they wait for, turn by turn: value, errno and all else.
+    """Twelve system calls that in turn time out or succeed: value, errno and all other results.
 
     A timeout that is given as a length starts again at every stop, so there are rests in which it can come to its end.
     """

@@ -1,4 +1,4 @@
-"""What is predicted to be in reach is what a collapse reaches: with plenty, in a cgroup, and in fragmented memory."""
+"""A collapse reaches the predicted coverage: with plenty of memory, in a cgroup, and in fragmented memory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def predicted(pid: int) -> dict[str, Any]:
 
 
 def reached(pid: int) -> float:
-    """Collapse all that can be: the coverage that comes of it."""
+    """Collapse as much as possible, and return the coverage."""
     done = mthp("collapse", pid, *PMD, "--max-bloat", "none", "--json")
     assert done.returncode in (0, 1), done.stderr
     return float(json.loads(done.stdout)["coverage"])

@@ -1,4 +1,4 @@
-"""Recording real processes: the watch sees what a full reading sees, and what was written survives the recorder."""
+"""Recording real processes: the watch finds what a full reading finds, and the file survives the recorder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = 24 * PMD_SIZE
 
 
 class _Replay:
-    """What a reader of the recording would know after each step."""
+    """Return the state that a reader of the recording has after each step."""
 
     def __init__(self, pid: int) -> None:
         self.space = open_live(pid)

@@ -70,7 +70,7 @@ def test_random_layouts_come_out_as_planned_in_another_process(puppet: Puppet, b
             puppet.tell("munmap", address, PMD_SIZE)
     made = ", ".join(f"{count} of order {order}" for order, count in sorted(orders.items()))
     print(f"{layouts} layouts, {orders.total()} blocks as planned ({made}); refused: {dict(refused) or 'none'}")
-    # What the kernel itself looks at for a moment may not be collapsed; it is seldom.
+    # Rarely, a page with a short reference of the kernel is not collapsed.
     assert refused.total() <= orders.total() * SELDOM
 
 

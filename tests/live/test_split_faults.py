@@ -159,7 +159,7 @@ def test_a_target_at_its_memory_limit_between_the_steps(step: int) -> None:
 
 @pytest.mark.parametrize("left", [0, PMD_SIZE // 2, PMD_SIZE - PAGE_SIZE], ids=["none", "half", "all-but-a-page"])
 def test_a_memory_limit_that_is_hit_inside_the_collapse(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is lowered when our own look at it is over, so that the kernel's charge of the new folio fails."""
+    """The limit falls after mthp has read it, so that the kernel's charge of the new folio fails."""
     with memory_cgroup() as cgroup, Puppet() as puppet:
         cgroup.forbid_swap()
         cgroup.enter(puppet.pid)
@@ -278,7 +278,7 @@ with open_live({puppet.pid}) as space:
     assert "TracerPid:\t0\n" in status
     assert "\nState:\tS" in status
     assert {path: path.read_text() for path in Path(ThpSysfs().root).rglob("*enabled")} == switches
-    # And another run makes what was planned of whatever it finds.
+    # Another run makes the planned folios of the memory that it finds.
     with open_live(puppet.pid) as space:
         space.collapse_blocks(target.blocks, SPLIT)
         assert (target.contents() == target.bytes).all()
@@ -304,7 +304,7 @@ COMPACT = Path("/proc/sys/vm/compact_memory")
 
 @pytest.mark.skipif(not COMPACT.exists(), reason="needs a kernel that compacts memory on demand")
 def test_compaction_all_the_time_leaves_no_fill_that_is_not_told(puppet: Puppet) -> None:
-    """It moves folios to other frames between two steps, and splits what it finds no room for."""
+    """Compaction moves folios to other frames between two steps, and splits those without room."""
     over = threading.Event()
 
     def compact() -> None:
@@ -330,13 +330,13 @@ def test_compaction_all_the_time_leaves_no_fill_that_is_not_told(puppet: Puppet)
 @pytest.mark.parametrize("flags", ["-", "d", "u", "f", "z"])
 def test_threads_lose_nothing_while_their_memory_is_made_again_and_again(flags: str) -> None:
     made, results = made_beside_threads(flags, CHURN_SECONDS)
-    # What is discarded all the time may not be there any more when it is made.
+    # Memory that is discarded all the time may be gone when its folio is made.
     assert made or (results and flags in ("d", "u")), results
 
 
 def test_khugepaged_works_on_the_same_memory(thp_switches: ThpSwitches) -> None:
     for name, word in (
-        # Not 0: where there is one processor, khugepaged would leave the others none of it.
+        # Not 0, because on one processor khugepaged would then leave no time to other programs.
         ("scan_sleep_millisecs", "10"),
         ("alloc_sleep_millisecs", "0"),
         ("pages_to_scan", str(8 * PAGES)),
@@ -353,7 +353,7 @@ def test_khugepaged_works_on_the_same_memory(thp_switches: ThpSwitches) -> None:
 
 
 def made_beside_threads(flags: str, seconds: float) -> tuple[int, Counter[str]]:
-    """Make random folios of the memory of threads that use it: how many were made, and what came of the others."""
+    """Make random folios of memory that threads use; return the number made, and the outcomes of the others."""
     rng = random.Random(3)
     made = 0
     results: Counter[str] = Counter()

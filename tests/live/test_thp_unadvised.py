@@ -1,4 +1,4 @@
-"""PR_THP_DISABLE_EXCEPT_ADVISED on a real kernel: what it leaves possible, and that nothing is tried in vain."""
+"""PR_THP_DISABLE_EXCEPT_ADVISED on a real kernel: possible collapses, and no useless attempts."""
 
 from __future__ import annotations
 

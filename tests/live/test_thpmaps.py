@@ -1,4 +1,4 @@
-"""What `mthp inspect` and `mthp verify` count, beside tools/mm/thpmaps of the kernel, figure by figure.
+"""Compare `mthp inspect` and `mthp verify` with the kernel's tools/mm/thpmaps, figure by figure.
 
 MTHP_THPMAPS names the script: tools/mm/thpmaps of a kernel's source, such as Debian's package linux-source.
 """
@@ -63,7 +63,7 @@ def target(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterato
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        # khugepaged would collapse what was moved between the two counts.
+        # khugepaged would collapse moved memory between the two counts.
         thp_switches.set("enabled", "never")
         yield process.pid
         process.kill()

@@ -1,4 +1,4 @@
-"""`mthp top` on live processes: what it finds is what the kernel says, and its collapse is one."""
+"""`mthp top` on live processes: its figures are the kernel's, and its collapse works."""
 
 from __future__ import annotations
 

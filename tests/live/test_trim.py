@@ -1,4 +1,4 @@
-"""Pages of zeroes given back out of large folios of other processes, beside threads that use them."""
+"""Trimming pages of zeroes in large folios of other processes, beside threads that use them."""
 
 from __future__ import annotations
 
@@ -252,12 +252,12 @@ def test_khugepaged_works_on_the_same_memory(by: TrimBy, thp_switches: ThpSwitch
 @pytest.mark.parametrize("flags", ["-", "z", "d", "f"])
 def test_threads_lose_nothing_while_their_memory_is_trimmed_again_and_again(by: TrimBy, flags: str) -> None:
     results, given_back = trimmed_beside_threads(by, flags)
-    # What is discarded all the time, or shared with children, is hardly ever one whole folio.
+    # Memory that is discarded all the time, or shared with children, is rarely one whole folio.
     assert (results[ScanResult.SUCCEED] and given_back) or flags in ("d", "f"), results
 
 
 def trimmed_beside_threads(by: TrimBy, flags: str) -> tuple[Counter[ScanResult], int]:
-    """Collapse and trim memory that threads use, again and again: what came of it, and how many pages went back."""
+    """Collapse and trim memory that threads use, repeatedly; return the outcomes and the number of freed pages."""
     end = time.monotonic() + CHURN_SECONDS
     results: Counter[ScanResult] = Counter()
     given_back = 0
@@ -274,7 +274,7 @@ def trimmed_beside_threads(by: TrimBy, flags: str) -> tuple[Counter[ScanResult],
 
 
 class Trims:
-    """Trims beside threads that write, held against what `mthp inspect --zero-filled` reports before each round."""
+    """Compare trims beside threads that write with `mthp inspect --zero-filled` before each round."""
 
     def __init__(self, order: int, by: TrimBy) -> None:
         self._order, self._by = order, by
@@ -282,7 +282,7 @@ class Trims:
         self._results: Counter[str] = Counter()
 
     def round(self, churn: Churn, space: LiveAddressSpace) -> None:
-        """Trim what is large in the memory of `churn`."""
+        """Trim the large folios in the memory of `churn`."""
         before = resident(churn.pid, churn.address)
         self._told += zero_filled_reported(churn.pid, churn.address)
         columns = space.read([(churn.address, churn.address + churn.size)])
@@ -295,7 +295,7 @@ class Trims:
         self._results.update(f"{each.result.name} {each.reason}".strip() for each in outcomes)
 
     def end(self, churn: Churn) -> None:
-        """Print what came of all rounds, and hold it against what was reported."""
+        """Print the outcome of all rounds, and compare it with the reports."""
         wrong = churn.finish()
         size = f"{PAGE_SIZE << self._order >> 10}K"
         print(f"{self.trimmed} folios of {size} trimmed by {self._by} beside 2 threads: {dict(self._results)};")
@@ -303,7 +303,7 @@ class Trims:
         print(f"of the {self._told * PAGE_SIZE >> 20} MiB that mthp inspect --zero-filled reported")
         assert not wrong
         assert churn.accesses
-        # A split to larger orders keeps zeroes beside what is in use.
+        # A split to larger orders keeps zeroes beside pages in use.
         assert self._fallen >= TOLD_SHARE * self._told or self._by == "split"
 
 

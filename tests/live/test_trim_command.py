@@ -37,7 +37,7 @@ def wasteful(puppet: Puppet) -> int:
 def test_the_command_gives_back_what_it_said() -> None:
     with Puppet() as puppet:
         wasteful(puppet)
-        # Splits of the empty parts alone leave zeroes in 64 KiB blocks beside what is used.
+        # Splits of the empty parts alone leave zeroes in 64 KiB blocks beside used pages.
         most, least = (RANGES * (PMD_SIZE - -(-USED * PAGE_SIZE // size) * size) for size in (PAGE_SIZE, 64 << 10))
         plan = mthp_json("trim", puppet.pid, "--dry-run", "--json")["plan"]
         assert plan["folios_by_order"] == {str(PMD_ORDER): RANGES}
@@ -48,7 +48,7 @@ def test_the_command_gives_back_what_it_said() -> None:
         assert (report["trimmed"], report["given_back_bytes"]) == (RANGES, wasted)
         fallen = report["rss_before_bytes"] - report["rss_after_bytes"]
         assert abs(fallen - wasted) < wasted // 20
-        # What is full is left large, and a second time nothing is left to do.
+        # Full folios stay large, and a second run finds no work.
         again = mthp_json("trim", puppet.pid, "--json")
         assert (again["plan"]["folios_by_order"], again["given_back_bytes"]) == ({}, 0)
 

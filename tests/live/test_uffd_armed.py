@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture
 def armed(thp_switches: ThpSwitches) -> Iterator[int]:
     """The address of two PMD ranges of base pages, registered for missing faults: one full, one not."""
-    # Nothing here carries advice, so neither faults nor the kernel's khugepaged make huge pages of it.
+    # No mapping here is advised, so neither faults nor the kernel's khugepaged make huge pages.
     thp_switches.set("enabled", "madvise")
     memory = mmap.mmap(-1, 3 * PMD_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = np.frombuffer(memory, np.uint8)

@@ -61,14 +61,14 @@ def put_back(wanted: dict[str, str]) -> float:
 
 
 def is_as_before(target: Writers, before: object) -> None:
-    """Check that a target lives, that it has what it had, and that its bytes are right."""
+    """Check that a target runs, with its mappings, files and bytes unchanged."""
     assert target.survives(), f"the target was killed: {target.process.returncode}"
     assert wait_for(lambda: belongings(target.pid) == before, LEFT_SECONDS), "something is left in the target"
     assert target.finish() == 0
 
 
 def in_a_window(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> bool:
-    """Wait for a window, and for a random moment of it; return False if the process ends before."""
+    """Wait for a random moment of a window; return False if the process ends before."""
     until(lambda: has_entries(default_root()) or process.poll() is not None, "a window")
     time.sleep(random.random() / 20)
     return process.poll() is None

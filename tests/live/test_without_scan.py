@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("thp", "pagemap_scan")]
 
 @pytest.fixture(autouse=True)
 def only_on_demand(thp_switches: ThpSwitches) -> None:
-    """Neither faults nor the kernel's khugepaged make huge pages here; MADV_COLLAPSE asks no switch."""
+    """Keep faults and the kernel's khugepaged from making huge pages; MADV_COLLAPSE reads no switch."""
     thp_switches.set("enabled", "never")
 
 
@@ -40,7 +40,7 @@ def _read(space: LiveAddressSpace, start: int, ranges: int, *, scan: bool) -> Pt
 
 
 def _mapped(columns: PteColumns) -> list[bool]:
-    """Of every PMD range, whether all of it counts as mapped by a PMD entry."""
+    """Return for every PMD range whether all of it counts as mapped by a PMD entry."""
     mapped: list[bool] = np.all(columns.has(Pte.PMD_MAPPED).reshape(-1, PAGES), axis=1).tolist()
     return mapped
 

@@ -68,7 +68,7 @@ EMPTY = [page for page in range(N) if page % 3 or page >= N // 3 * 3]
 def test_page_by_page_and_over_guards(puppet: Puppet, sparse: int) -> None:
     with open_live(puppet.pid) as space:
         assert zero_pages(space, sparse, N) == EMPTY
-        # The page table entries are those of before, and what they spoke of is gone.
+        # The entries are old, and their pages are gone.
         columns = space.read([(sparse, sparse + PMD_SIZE)])
         puppet.tell("madvise", sparse + 4 * PAGE, 2 * PAGE, MADV_GUARD_INSTALL)
         assert np.flatnonzero(space.zero_filled(columns)).tolist() == [page for page in EMPTY if page not in (4, 5)]
