@@ -63,7 +63,7 @@ def hostile() -> FakeSpace:
 
 
 class HugeSpace(FakeSpace):
-    """A process of one mapping of any size, made up as it is read: its parts differ, and it takes no memory.
+    """A process of one mapping of any size, generated as it is read: its parts differ, and it takes no memory.
 
     Args:
         size: bytes, whole PMD ranges.

@@ -1,4 +1,4 @@
-"""Checks what a command prints with --json against the schema that `mthp schema` prints."""
+"""Check the --json output of a command against the schema that `mthp schema` prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Validate = Callable[[object], Iterator[Any]]
 def check(command: str, answer: object) -> None:
     """Fail unless `answer` is as the schema of `command` says, without a key more or less."""
     for error in _validator(command)(answer):
-        # Only the alternative that was meant says what is wrong.
+        # Only the errors of the intended alternative help.
         meant = min(error.context, key=lambda each: len(each.message)) if error.context else error
         place = ".".join(map(str, meant.absolute_path))
         raise AssertionError(f"{command}: {place}: {meant.message[:500]}")

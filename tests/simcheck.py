@@ -139,7 +139,7 @@ def _references(parts: Parts) -> list[str]:
 
 
 def _swap(parts: Parts) -> list[str]:
-    """Slots are counted as often as entries name them, and the swap cache's folios know their slots."""
+    """Check that slots are counted once for each entry, and that folios of the swap cache have their slots."""
     swap, memory, wrong = parts.swap, parts.memory, []
     named = np.zeros(len(swap.count), np.int64)
     for number, mm in parts.mms.items():
@@ -187,7 +187,7 @@ def _levels(parts: Parts) -> list[str]:
 
 
 def _page_tables(parts: Parts, mm: Mm) -> list[str]:
-    """Entries are in mappings only; a PMD entry and what the PTEs below would be agree."""
+    """Check that entries are in mappings only, and that a PMD entry agrees with the PTEs below it."""
     geometry, memory, wrong = parts.geometry, parts.memory, []
     for table in mm.tables:
         for row in np.flatnonzero((table.pmd != Pmd.NONE) | table.bits.any(axis=1)).tolist():

@@ -1,4 +1,4 @@
-"""A simulated machine with one PMD range of small pages, on which tests of the collapse stage what they need."""
+"""A simulated machine with one PMD range of small pages, on which tests of the collapse stage their cases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class World:
         self.machine.parts.hook = hook
 
     def results(self, switches: Switches) -> tuple[ScanResult, list[ScanResult]]:
-        """A full scan: what it said of the range, and of each attempt there."""
+        """Run a full scan, and return its results of the range and of each attempt."""
         self.machine.parts.switches = switches
         self.machine.khugepaged.full_scan()
         events = self.machine.trace.take()

@@ -1,4 +1,4 @@
-"""PMD ranges of puppets with random contents that are to become random layouts, and what is looked up of them.
+"""PMD ranges of puppets with random contents and random target layouts, and readings of them.
 
 `SPLITS` marks tests that split folios: where debugfs is closed, as under kernel lockdown, they are skipped, and the
 guests of the lab run them.
@@ -38,7 +38,7 @@ SPLITS = [
 
 
 class Target:
-    """A PMD range of a puppet with random contents, and what is to become of it."""
+    """A PMD range of a puppet with random contents, and its target layout."""
 
     def __init__(self, puppet: Puppet, address: int, rng: random.Random, blocks: list[Block] | None = None) -> None:
         self.puppet, self.address = puppet, address
@@ -48,7 +48,7 @@ class Target:
             at, length = rng.randrange(PAGES), rng.choice((1, 3, 16, 40, 200))
             self.present[at : at + length] = True
         self.blocks = random_blocks(address, rng, self.present) if blocks is None else blocks
-        # No page is like another, nor without a byte that is not 0; an emulated processor takes long for more chance.
+        # Pages differ and have a byte that is not 0. More random bytes would take an emulated processor too long.
         row = np.frombuffer(rng.randbytes(PAGE_SIZE), np.uint64)
         words = row + np.arange(PAGES, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
         words[~self.present] = 0
@@ -56,7 +56,7 @@ class Target:
         self.write()
 
     def write(self) -> None:
-        """Write the bytes of what is present."""
+        """Write the bytes of the present pages."""
         ends = np.flatnonzero(np.diff(self.present, prepend=False, append=False))
         with memory_of(self.puppet.pid, "r+b") as memory:
             for first, end in ends.reshape(-1, 2).tolist():

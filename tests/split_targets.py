@@ -33,7 +33,7 @@ class Churn:
         self.accesses, self.waits = 0, [0]
 
     def fill_again(self) -> None:
-        """Have its threads discard all of the memory and use as much of it again; return when they have."""
+        """Let its threads discard all memory and use as much again, and return afterwards."""
         self._process.send_signal(signal.SIGUSR1)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "filled\n"

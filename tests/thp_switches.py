@@ -21,7 +21,7 @@ def size_name(order: int) -> str:
 
 @contextlib.contextmanager
 def windows_kept_out(patience: float) -> Iterator[None]:
-    """Keep windows of other processes out; what a crash has left is put back first."""
+    """Exclude windows of other processes; put back changes of a crashed process first."""
     files = JournalFiles(default_root(), create=True)
     try:
         files.lock(patience)
@@ -32,7 +32,7 @@ def windows_kept_out(patience: float) -> Iterator[None]:
 
 
 class ThpSwitches:
-    """The machine's THP switches, and what they were.
+    """The machine's THP switches, and their former values.
 
     Args:
         state: file that the original words are kept in while they are changed.
@@ -72,7 +72,7 @@ class ThpSwitches:
         self.only(f"{_pmd_size() >> 10}kB", word="inherit")
 
     def recover(self) -> None:
-        """Put back what a session that did not end well left."""
+        """Put back the changes of a session that was killed."""
         text = self._state.read_text()
         if text:
             self._original = json.loads(text)

@@ -131,7 +131,7 @@ def test_bytes_of_a_recording(recording: Path, tmp_path: Path, data: st.DataObje
 
 
 def rewritten(recording: Path, path: Path, change: Any) -> None:
-    """A copy of a recording in which `change` has altered what each step says, with the sums made right again."""
+    """Return a copy of a recording in which `change` altered each step, with correct checksums."""
     stream = pa.ipc.open_stream(recording.read_bytes())
     with path.open("wb") as file, pa.ipc.new_stream(file, stream.schema) as writer:
         while True:
@@ -188,7 +188,7 @@ def test_traces(tmp_path: Path, text: str) -> None:
 def test_lines_that_take_a_search_long(tmp_path: Path, line: str) -> None:
     (tmp_path / "trace").write_text("redis 1 1.1: 1000\n" * 100 + f"{line}\n" * 300)
     assert record_trace(tmp_path / "trace", tmp_path / "made", overwrite=True).accesses >= 100
-    # A line that never ends is neither held in memory nor taken for many.
+    # An endless line is neither kept in memory nor read as many lines.
     (tmp_path / "trace").write_text("redis 1 1.1: 1000\n" + line * 5000)
     assert record_trace(tmp_path / "trace", tmp_path / "made", overwrite=True).skipped == 1
 

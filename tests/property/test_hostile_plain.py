@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 def blocks(path: Path) -> tuple[bytes, list[tuple[Any, int, bytes]]]:
-    """The first bytes of a plain file, and its blocks: what they say, rows, deflated columns."""
+    """Return the first bytes of a plain file, and its blocks: JSON, rows, deflated columns."""
     data = path.read_bytes()
     found, at = [], 8
     while at < len(data):

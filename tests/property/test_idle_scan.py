@@ -1,4 +1,4 @@
-"""khugepaged passes over idle ranges together, and nothing shows that it did not look at them one by one."""
+"""khugepaged scans idle ranges together, with the same result as one by one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class World:
-    """What a machine is made of; two machines made of the same are the same.
+    """The parts of a machine; two machines of the same parts are equal.
 
     Attributes:
         ranges: the kind of each PMD range, and a number that chooses within it.

@@ -1,4 +1,4 @@
-"""What holds for scans that follow each other: what each leaves to the next, and the policy that never creeps."""
+"""Invariants of successive scans: the state between them, and the policy that never creeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is predicted to be in reach on fragmented machines is what is reached there."""
+"""On fragmented machines, a collapse reaches the predicted coverage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def state(seed: int) -> tuple[Machine, Bounded, PlanOptions, str]:
     # What fragments memory before leaves blocks that compaction moves nothing to. Pages of programs are taken to lie in
     # these alike, as they do in programs that ran for a while.
     shuffled = first or chance.random() < 0.5
-    # Others take what is left but for some, in small pages, while it grows.
+    # Others take most of the remaining memory in small pages while it grows.
     left = int(ranges * N * share) + chance.choice([40, 140, 400, 1000])
     taken = max(0, machine.parts.memory.free_frames - left)
     grow(machine, [(other, START, taken, 1.0), (mm, START + huge * HUGE, ranges * N, share)], chance, shuffled)
@@ -133,7 +133,7 @@ def grow(machine: Machine, programs: list[tuple[Mm, int, int, float]], chance: r
 
 
 def reached(space: Bounded, plan: SpacePlan, *, may_compact: bool, trim: bool = False) -> float:
-    """Carry a plan out on a copy of a machine: the coverage that comes of it."""
+    """Carry out a plan on a copy of a machine, and return the coverage."""
     space = copy.deepcopy(space)
     space.may_compact = may_compact
     if trim:

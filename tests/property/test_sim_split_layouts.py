@@ -146,5 +146,5 @@ def test_a_folio_that_is_pinned_or_shared_is_not_trimmed() -> None:
     machine.touch(mm, 2 * start + np.arange(20) * page)
     space.collapse_blocks([(2 * start, 9)])
     machine.fork(mm)
-    # A fork copies what is pinned, so the pinned folio stays the parent's own.
+    # A fork copies pinned pages, so the pinned folio stays the parent's own.
     assert trim_space(space, TrimOptions()).failed_by_result == {"PAGE_COUNT": 1, "EXCEED_SHARED_PTE": 1}

@@ -85,7 +85,7 @@ def test_blocks_lie_in_one_mapping_and_whole_ranges_are_planned_as_ever(
 
 
 class Plainly:
-    """What a policy makes of a mapping outside of its whole PMD ranges, a block after the other."""
+    """Return what a policy makes of a mapping outside of its whole PMD ranges, block by block."""
 
     def __init__(self, space: FakeSpace, vma: Vma, choice: PlanOptions) -> None:
         self.first, self.end = vma.start // PAGE, vma.end // PAGE

@@ -1,4 +1,4 @@
-"""What is recorded is what is read back, for any address space and any question."""
+"""A recording reads back as it was written, for any address space and any query."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_populated_leaves_out_only_what_reads_as_none(
     granule = space.geometry.size_of(granule_order)
     segments = data.draw(questions(space))
     with load(file) as snapshot:
-        # The fake looks at every granule; the snapshot works on runs.
+        # The fake reads every granule; the snapshot works on runs.
         assert snapshot.populated(segments, granule) == [
             part for segment in segments for part in space.populated([segment], granule)
         ]

@@ -48,7 +48,7 @@ def test_no_line_is_longer_than_the_terminal(table: Table, width: int, terminal:
 
 @given(tables(), st.integers(40, 200))
 def test_every_figure_stands_whole_on_one_line(table: Table, width: int) -> None:
-    """As often as it is in the table: a figure that is lost in one row is not excused by another row."""
+    """Count each figure as often as the table has it, so that one row cannot hide a loss in another."""
     lines = printed(table, width, terminal=True)
     figures = [row[index] for row in table.rows for index in table.right if row[index]]
     for figure in set(figures):

@@ -71,7 +71,8 @@ def test_the_first_round_is_the_plan(policy: str, space: FakeSpace, data: st.Dat
         daemon.do_scan()
         rounds += 1
         assert rounds < 1000
-    # A batch goes by order, and a pass that ends a round goes on with the next one, so it may have come around already.
+    # A batch is in the order of folio orders, and a pass that ends a round continues with the next, so it may have
+    # wrapped.
     assert sorted(space.attempts[: len(wanted)]) == wanted
     filled = sum(daemon.statistics.filled.values())
     if len(space.attempts) == len(wanted):

@@ -1,4 +1,4 @@
-"""What is in blocks, and what an attempt made of them, is what the entries show."""
+"""The contents of blocks, and the outcome of an attempt, follow from the entries."""
 
 from __future__ import annotations
 

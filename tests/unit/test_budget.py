@@ -1,4 +1,4 @@
-"""The bloat budget and the reserve: what may be added, and what must stay free."""
+"""The bloat budget and the reserve: bytes that may be added, and bytes that must stay free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = st.integers(0, 1 << 50)
 
 
 def bounds(*lefts: tuple[int, int]) -> Callable[[], list[MemoryBound]]:
-    """Cgroups with these limits and what each leaves."""
+    """Cgroups with these limits, and the room in each."""
     return lambda: [MemoryBound(f"/sys/fs/cgroup/{at}", limit, left) for at, (limit, left) in enumerate(lefts)]
 
 

@@ -35,7 +35,7 @@ N = X86_64.ptes_per_pmd
 HUGE = Pte.PRESENT | Pte.PMD_MAPPED
 
 Piece = tuple[int, int, int, int]
-"""Pages without anything in front of it, order of a folio, its first page that is mapped, and how many are."""
+"""Pages before it, the order of a folio, its first mapped page, and the number of mapped pages."""
 
 
 def columns_of(pieces: list[Piece], shift: int = 0) -> PteColumns:

@@ -1,4 +1,4 @@
-"""Names of processes: the grammar, what fits, and which facts /proc and the links of containers tell."""
+"""Names of processes: the grammar, matches, and the facts from /proc and the links of containers."""
 
 from __future__ import annotations
 

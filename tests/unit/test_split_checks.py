@@ -1,4 +1,4 @@
-"""What keeps a PMD range from being collapsed and split, and what it is to become."""
+"""Reasons against collapsing and splitting a PMD range, and its target layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be named as a target."""
+"""Names of targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes, durations and shares: what is read, and how what is refused was understood."""
+"""Sizes, durations and shares: accepted texts, and the errors of others."""
 
 from __future__ import annotations
 

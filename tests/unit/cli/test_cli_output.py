@@ -81,7 +81,7 @@ def test_control_characters_of_names_do_not_reach_a_pipe(capsys: pytest.CaptureF
     text = printed(capsys)
     assert not CONTROLS.search(text)
     assert text.count("evil�[31m") >= 6
-    # Neither markup nor names of emoji are taken for anything but text.
+    # Markup and names of emoji are plain text.
     assert "[bold]:bomb:" in text
 
 

@@ -18,7 +18,7 @@ from waiting import PATIENCE
 
 
 def proposed(line: str) -> list[CompletionItem[str]]:
-    """What is proposed for the last word of a command line."""
+    """Return the completions of the last word of a command line."""
     *words, incomplete = line.split(" ")
     return ShellComplete(_mthp, {}, "mthp", completion_command.VARIABLE).get_completions(words, incomplete)
 

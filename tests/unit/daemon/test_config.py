@@ -1,4 +1,4 @@
-"""The rules files: what is read, and what is refused with its place."""
+"""The rules files: values that are read, and errors with their place."""
 
 from __future__ import annotations
 

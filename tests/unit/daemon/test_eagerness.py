@@ -1,4 +1,4 @@
-"""Eagerness: what each level means, that it settles without swinging, and what it covers for the bloat that it adds."""
+"""Eagerness: the settings of each level, settling without swinging, and coverage against bloat."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_it_is_never_above_the_rule_nor_what_was_measured(
 
 
 def test_coverage_for_bloat_is_nowhere_below_a_fixed_max_ptes_none() -> None:
-    """Print both curves: coverage is what lies in folios of 64K and more, bloat what was filled."""
+    """Print both curves: coverage is the share in folios of 64K and more, bloat the filled memory."""
     random = np.random.default_rng(1)
     # Ranges of every fullness, in runs of every length, as allocators leave them.
     rows = []
@@ -153,7 +153,7 @@ def occupancies() -> dict[str, NDArray[np.bool_]]:
 @pytest.mark.parametrize("policy", ["mainline", "no-creep"])
 @pytest.mark.parametrize("pattern", occupancies())
 def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(policy: str, pattern: str) -> None:
-    """Both may make folios of every order; coverage is what lies in 64K and more, bloat what was filled."""
+    """Both may make folios of every order; coverage is the share in 64K and more, bloat the filled memory."""
     present = occupancies()[pattern]
 
     def point(limit: int, orders: str | tuple[int, ...] = "all") -> tuple[float, float]:
@@ -169,7 +169,7 @@ def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(p
         between = float(np.interp(bloat, bloats, coverages))
         print(f"{pattern}, max_ptes_none {limit:3}: bloat {bloat:.3f} coverage {coverage:.3f}, by level {between:.3f}")
         assert all(coverage <= made or bloat > added for added, made in whole), "no level is beaten in both"
-        # On the line between two levels; only whole ones hold, so that what is finished is not scanned at every step.
+        # Between two levels. Only whole levels hold, so that finished ranges are not scanned at every step.
         assert between >= coverage - 0.03
 
 

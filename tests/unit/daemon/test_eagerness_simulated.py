@@ -40,7 +40,7 @@ RANGES = 16
 HALF = RANGES // 2 * N
 
 STALLS = ("swap_out", "swap_in", "reclaim_pte", "compact_frame", "migrate_folio")
-"""What a task waits for while it takes memory (psi_memstall_enter(), mm/vmscan.c, mm/compaction.c, mm/page_io.c)."""
+"""Waits of a task that takes memory (psi_memstall_enter(), mm/vmscan.c, mm/compaction.c, mm/page_io.c)."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Stage:
         return sum(spent.get(name, 0) for name in STALLS)
 
     def _programs(self, second: int) -> None:
-        # Half of its memory comes while it is short, so that what the level fills acts on the level.
+        # It takes half of its memory while memory is short, so that the level reacts to its own filling.
         if second == PHASE + 20:
             self._write(self.own[self.own >= HALF])
         own = self.own if second >= PHASE + 20 else self.early
@@ -132,7 +132,7 @@ class Stage:
             self.other.end()
 
     def _act(self) -> None:
-        """Do for a second what the daemon does at the level."""
+        """Do the daemon's work of a second at the level."""
         settings, machine = self.level.settings, self.machine
         if self.level.makes:
             pages = (settings.rate or 1 << 30) // PAGE

@@ -96,7 +96,7 @@ def test_memory_is_counted_by_rule_and_size_as_passes_saw_it() -> None:
     assert found["mthp_rule_collapses_total", "all", "2M"] == 1
     assert found["mthp_rule_collapses_total", "all", "64K"] == 0
     assert stage.opened == opened, "the page of metrics has memory read"
-    # What is unmapped is forgotten at the next pass.
+    # The next pass drops unmapped memory.
     stage.space.write(START + G.pmd_size, 0, ORDER_NONE, N)
     stage.target.stale()
     stage.steps(20.0)

@@ -1,4 +1,4 @@
-"""What is kept of a target between passes: signs of change, heat, children, small folios."""
+"""The state of a target between passes: signs of change, heat, children, small folios."""
 
 from __future__ import annotations
 

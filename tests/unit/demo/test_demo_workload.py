@@ -1,4 +1,4 @@
-"""The demo's workload without its process: what it computes, what it answers, how it is sized, how it fails."""
+"""The demo's workload without its process: its computation, answers, size and failures."""
 
 from __future__ import annotations
 

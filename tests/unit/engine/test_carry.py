@@ -75,7 +75,7 @@ class MovingSpace(FakeSpace):
 
 
 def pages_of(*runs: tuple[int, int], cls: type[MovingSpace] = MovingSpace, **more: Any) -> MovingSpace:
-    """One mapping of runs of (pages that are there, pages that are not)."""
+    """One mapping of runs of (present pages, missing pages)."""
     pairs = [part for full, empty in runs for part in ((full, Pte.PRESENT, 0), (empty, 0, ORDER_NONE))]
     size = sum(pages for pages, _, _ in pairs) * more.get("geometry", X86_64).page_size
     return cls([(Vma(BASE, BASE + size, "rw-p"), *page_runs(*pairs))], **more)

@@ -47,7 +47,7 @@ RUNS: tuple[tuple[int, int], ...] = (
     (Pte.SWAP | Pte.GUARD, ORDER_NONE),
     (Pte.SWAP | Pte.UFFD_WP, ORDER_NONE),
 )
-"""State and folio order of what a page can be."""
+"""Possible states of a page, with the order of its folio."""
 
 
 def mapping(start: int, *runs: Run, page_size: int = PAGE, **properties: Any) -> tuple[Vma, Any, Any]:
@@ -58,7 +58,7 @@ def mapping(start: int, *runs: Run, page_size: int = PAGE, **properties: Any) ->
 
 @dataclass
 class Plain:
-    """What a loop over single pages counts."""
+    """Count by a loop over single pages."""
 
     orders: Counter[int]
     states: Counter[str]

@@ -115,7 +115,7 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
 @given(st.lists(st.sampled_from([-1, 0, 5, 31, 32]), min_size=1, max_size=8), st.integers(0, 20), st.booleans())
 def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int, while_read: bool) -> None:
     class Dying(FakeSpace):
-        """Vanishes at the n-th look at its pages, or the n-th collapse."""
+        """Vanishes at the n-th reading of its pages, or the n-th collapse."""
 
         left = reads
 
@@ -190,7 +190,7 @@ def test_zero_pages_are_filled_and_swapped_pages_are_not() -> None:
 
 
 def test_what_failed_costs_no_budget() -> None:
-    # The first fails; what it would have filled is there for the second.
+    # The first fails, so its bloat budget is free for the second.
     space = space_of(500, 500, fails={BASE: ScanResult.PAGE_COUNT})
     report = carried_out(space, max_bloat=12 * 4096)
     assert (report.collapsed, report.over_budget) == (1, 0)
@@ -405,7 +405,7 @@ def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> N
     burst = BYTES_BURST_SECONDS * rate + max(X86_64.pmd_size, work.PACE * rate)
     for done, began in enumerate(space.began):
         assert done * X86_64.pmd_size <= rate * (began - start) + burst
-    # Nor much less: the work itself takes 25 ms.
+    # Not much less either, because the work itself takes 25 ms.
     assert report.elapsed <= 100 * X86_64.pmd_size / rate + 100 * COLLAPSE_NS / 1e9 + 1e-6
     assert report.elapsed == pytest.approx(clock.now - start)
 

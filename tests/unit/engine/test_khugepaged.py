@@ -21,9 +21,9 @@ RANGE = 16
 
 @dataclass
 class Stub:
-    """An address space of `ranges` PMD ranges of 16 entries, numbered from 0; looks at one at a time.
+    """An address space of `ranges` PMD ranges of 16 entries, numbered from 0; reads one at a time.
 
-    `plan` says what comes of a range, by its number; of all others SUCCEED without an attempt.
+    `plan` has the outcome of a range, by its number; the others end in SUCCEED without an attempt.
     """
 
     ranges: int
@@ -82,7 +82,7 @@ def test_the_cursor_survives_between_passes_and_a_full_scan_counts_behind_the_la
     assert [daemon.do_scan() for _ in range(2)] == [PassEnd.BUDGET] * 2
     assert (first.seen, second.seen) == ([0, 1, 2], [0])
     assert (daemon.current, daemon.address, daemon.full_scans) == (second, RANGE, 0)
-    # Behind the last one a round is over, and the pass goes on at the first with what is left of its budget.
+    # After the last range the round is over, and the pass continues at the first with the rest of its budget.
     assert daemon.do_scan() is PassEnd.BUDGET
     assert (first.seen, second.seen) == ([0, 1, 2, 0], [0, 1])
     assert (daemon.current, daemon.address, daemon.full_scans) == (first, RANGE, 1)
@@ -93,7 +93,7 @@ def test_a_pass_ends_after_one_round_however_large_the_budget() -> None:
     daemon, _ = scanner(10_000, space)
     assert daemon.do_scan() is PassEnd.ROUND
     assert (space.seen, daemon.full_scans) == ([0, 1, 2], 1)
-    # One for the visit, sixteen for each range, one for the mapping behind it.
+    # One for the visit, sixteen for each range, one for the mapping after it.
     assert daemon.statistics.progress == 1 + 3 * RANGE + 1
 
 
@@ -109,7 +109,7 @@ def test_the_first_failed_allocation_rests_and_the_second_ends_the_pass() -> Non
     daemon, clock = scanner(10_000, space)
     assert daemon.do_scan() is PassEnd.ALLOC
     assert (space.seen, clock.rests) == ([0, 1, 2, 3], [60.0])
-    # The next pass goes on there, and through the first ranges again, as the kernel's does.
+    # The next pass continues there, and through the first ranges again, as the kernel's does.
     assert daemon.do_scan() is PassEnd.ALLOC
     assert (space.seen[4:], clock.rests) == ([4, 5, 6, 7, 0, 1], [60.0, 60.0])
     assert daemon.statistics.alloc_sleeps == 2

@@ -1,4 +1,4 @@
-"""What the kernel's khugepaged will do to what was made or trimmed."""
+"""Effects of the kernel's khugepaged on folios that were made or trimmed."""
 
 from __future__ import annotations
 

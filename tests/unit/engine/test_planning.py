@@ -499,7 +499,7 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
         patch.setattr(measuring, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
         plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)))
     assert max(read) == 2 * PPC.pmd_size
-    # What is planned is measured at the same time.
+    # The planned state is measured at the same time.
     assert sum(read) == 9 * PPC.pmd_size
     assert told == sorted(told)
     assert told[-1] == (9 * PPC.pmd_size, 9 * PPC.pmd_size)

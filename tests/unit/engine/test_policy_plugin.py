@@ -38,7 +38,7 @@ class ThreeQuarters(mthp.Policy):
         return mthp.Limits(none=(1 << order) // 4, swap=0, shared=0)
 
 
-# One PMD range: 400 pages (more than three quarters), then nothing; and one of 16 pages of which 12 are there.
+# One PMD range: 400 pages (more than three quarters), then holes; and one of 16 pages of which 12 are present.
 WIDE = np.arange(512) < 400
 NARROW = np.isin(np.arange(512), np.arange(32, 44))
 

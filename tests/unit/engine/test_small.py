@@ -48,7 +48,7 @@ def full(*mappings: Vma, **options: Any) -> FakeSpace:
 
 
 def heap() -> FakeSpace:
-    """Half an arena, another one beside it in the same PMD range, and one of 3 PMD ranges with two edges."""
+    """Half an arena, another in the same PMD range, and one of 3 PMD ranges with two edges."""
     other = dataclasses.replace(ARENA, start=ARENA.end, end=ARENA.end + 5 * PAGE, flags=MOVABLE | {"hg"})
     large = Vma(BASE + (8 << 20) - 16 * PAGE, BASE + (10 << 20) + 8 * PAGE, "rw-p", flags=MOVABLE)
     return full(ARENA, other, large, orders=range(2, 10))

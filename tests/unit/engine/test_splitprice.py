@@ -1,4 +1,4 @@
-"""The price of splits: what a whole PMD range costs in which only a part is planned."""
+"""The price of splits: the cost of a whole PMD range if only a part is planned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Khugepaged over an address space: what it collapses is what a plan would, whatever the backend."""
+"""Khugepaged over an address space: it collapses the planned runs, on every backend."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def space_of(*runs: tuple[int, int, int]) -> FakeSpace:
 
 
 def every_other_sixteen() -> FakeSpace:
-    """One PMD range in which only the first ten pages of the first half's runs of 16 are there."""
+    """One PMD range with only the first ten pages of each run of 16 in its first half."""
     runs = [(10, P, 0), (6, 0, ORDER_NONE)] * 16 + [(256, 0, ORDER_NONE)]
     return space_of(*runs)
 

@@ -1,4 +1,4 @@
-"""Grids: what they come to, and what is wrong with others."""
+"""Grids: the settings of valid ones, and the errors of others."""
 
 from __future__ import annotations
 

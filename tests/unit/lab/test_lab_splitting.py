@@ -1,4 +1,4 @@
-"""Comparisons that count with splits and trims, against what the simulated machine makes of the same memory."""
+"""Comparisons with splits and trims, against the simulated machine with the same memory."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ max_ptes_none = 0
 256K = "inherit"
 2M = "inherit"
 """
-"""What stands behind HEAD where folios of many sizes are made, and nothing is filled."""
+"""Text after HEAD with folios of many sizes, and without filling."""
 SMALL = {
     "redis": 'memory = "12M"\ngrow = "2s"\nsave_every = "3s"\nsave_takes = "1s"\nchurn = "5%"',
     "go-heap": 'live_memory = "4M"\nallocate = "8M"\nphase = "2s"',

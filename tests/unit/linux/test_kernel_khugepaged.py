@@ -67,7 +67,7 @@ class Space:
 
 
 class Journal:
-    """Notes what is set, and lets khugepaged at it."""
+    """Records settings, and lets khugepaged work on the memory."""
 
     def __init__(self, *windows: Any) -> None:
         self.wanted: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Tracepoints on made-up machines: formats of several releases, the ring of perf, and what is made of the events."""
+"""Tracepoints on fake machines: formats of several releases, the ring of perf, and the parsed events."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_records_are_taken_across_the_end_of_the_ring() -> None:
 
 
 def frames(*pages: int, first: int = 1000) -> Frames:
-    """Frames one after another from `first` on, behind the pages with these numbers from `BASE`."""
+    """Consecutive frames from `first` on, behind the pages with these numbers from `BASE`."""
     address = np.array([BASE + page * PAGE for page in pages], np.uint64)
     return Frames(address, np.arange(first, first + len(pages)).astype(np.uint64))
 

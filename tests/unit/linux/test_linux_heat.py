@@ -59,7 +59,7 @@ class Space(FakeSpace):
 
 
 class Kernel:
-    """What the kernel does with writes to DAMON's files (mm/damon/sysfs.c), as far as mthp uses them."""
+    """The kernel's behaviour at writes to DAMON's files (mm/damon/sysfs.c), as far as mthp uses them."""
 
     def __init__(self, root: Path, operations: str = "fvaddr paddr") -> None:
         self.mm = root / "mm"

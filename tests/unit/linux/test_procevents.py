@@ -1,4 +1,4 @@
-"""New, changed and gone processes: from the kernel's events, and by looking at a /proc that the test makes."""
+"""New, changed and ended processes: from the kernel's events, and from a /proc that the test makes."""
 
 from __future__ import annotations
 

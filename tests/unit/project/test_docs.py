@@ -87,7 +87,7 @@ def test_a_command_line_has_options_that_exist_and_values_that_they_take(typed: 
     values, _, _ = command.make_parser(context).parse_args(words)
     for parameter in command.params:
         if isinstance(parameter, click.Option) and (value := values.get(parameter.name or "")) is not None:
-            # What a user has to fill in (PID, FILE), and files of the reader's, are not looked up.
+            # Placeholders (PID, FILE) and the reader's files are not looked up.
             with contextlib.suppress(click.BadParameter) if PLACE.search(str(value)) else contextlib.nullcontext():
                 parameter.type_cast_value(context, value)
                 for read in READ_LATER.get(parameter.opts[0], ()):

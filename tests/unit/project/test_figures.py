@@ -87,7 +87,7 @@ def headings() -> set[str]:
 
 
 def _heads(function: ast.FunctionDef) -> set[str]:
-    """The heads of the tables that a function makes; what it fills in is between braces."""
+    """Return the headings of the tables that a function makes, with placeholders between braces."""
     given = [call.args[1] for call in ast.walk(function) if _calls(call, "Table") and isinstance(call, ast.Call)]
     names = {each.id for each in given if isinstance(each, ast.Name)}
     lists: list[ast.AST] = list(given)

@@ -65,7 +65,7 @@ def test_the_daemonset_has_the_capabilities_of_the_unit_and_rules_that_are_read(
     rules, daemonset = documents("kubernetes/daemonset.yaml")
     assert parse_configuration(rules["data"]["mthp.toml"], X86_64).rules.rules
     (container,) = daemonset["spec"]["template"]["spec"]["containers"]
-    # The profile of the runtime denies writes below /sys/kernel/mm, and ptrace of what is in no container.
+    # The profile of the runtime denies writes below /sys/kernel/mm, and ptrace of processes outside of containers.
     assert container["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
     assert {f"CAP_{name}" for name in container["securityContext"]["capabilities"]["add"]} == set(CAPABILITIES)
     assert container["image"] == f"mthp:{mthp.__version__}"

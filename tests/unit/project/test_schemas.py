@@ -1,4 +1,4 @@
-"""The schema of every command's JSON, and what the commands print held against it."""
+"""The schema of every command's JSON, and the output of the commands against it."""
 
 from __future__ import annotations
 

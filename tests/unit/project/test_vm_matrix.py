@@ -1,4 +1,4 @@
-"""The lab's matrix: what a guest has told counts, whatever becomes of it, and a fresh one goes on with the rest."""
+"""The kernel lab's matrix: results of a guest count, also if it dies, and a fresh one runs the rest."""
 
 from __future__ import annotations
 

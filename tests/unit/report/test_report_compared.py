@@ -1,4 +1,4 @@
-"""The part of a report on policies says what the comparison says."""
+"""The part of a report on policies agrees with the comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MADV_COLLAPSE range by range: after which results it goes on, and what errno comes of them."""
+"""MADV_COLLAPSE range by range: after which results it continues, and its errno."""
 
 from __future__ import annotations
 

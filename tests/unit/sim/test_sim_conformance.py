@@ -121,11 +121,11 @@ def on_old_kernel(**others: object) -> dict[str, Any]:
 def test_what_rests_on_a_pte_that_may_be_written_is_counted_apart(tmp_path: Path) -> None:
     report = replay_case(on_old_kernel())
     assert (report.mismatches, report.apart) == ((), WRITABLE)
-    # If it was written since, the kernel collapses it: that needs no such PTE told.
+    # If it was written since, the kernel collapses it without such a PTE.
     collapsed = on_old_kernel(after=[[5, 32]], scan_result="succeeded")
     assert replay_case(collapsed).apart == ""
     assert replay_case(collapsed).mismatches == ()
-    # In a process that never forked what was written may be written.
+    # In a process that never forked, written pages are writable.
     assert replay_case(on_old_kernel(setup="no_fork")).mismatches
     # Facts on which all states agree are certain: zero pages, and pages that a child also maps.
     zero = on_old_kernel(before=[["zero", 8], ["shared", 24]], after=[["zero", 8], [0, 24]], max_ptes_shared=31)
@@ -140,13 +140,13 @@ def test_what_rests_on_a_pte_that_may_be_written_is_counted_apart(tmp_path: Path
 
 
 def test_what_was_read_behind_the_page_table_is_counted_apart() -> None:
-    """The run at 3, behind a folio of which pages 1 and 2 are left, and so on: the last would begin at 31."""
+    """The run at 3 follows a folio with pages 1 and 2 left, and so on: the last would begin at 31."""
     states = [["anon", 1], ["large:2", 2], ["anon", 29]]
     of_series = {"kernel": "6.12.117", "series": "jain-rfc-2024-12", "before": states, "setup": "no_fork"}
     case = CASE | of_series | {"max_ptes_none": 16, "max_ptes_shared": 31, "scan_result": "page_null"}
     told = [[0, 1], [2, 2], [0, 2], [2, 24], [0, 3]]
     assert replay_case(case | {"after": told}).apart == BEYOND_TABLE
-    # Whatever became of what lies behind; what lies in front is compared.
+    # Pages before it are compared, pages after it are not.
     assert replay_case(case | {"after": [*told[:-1], [2, 3]]}).apart == BEYOND_TABLE
     assert replay_case(case | {"after": [[0, 32]]}).mismatches
 

@@ -64,7 +64,7 @@ class Program:
         return self.mm.anon_pages
 
     def until_it_rests(self) -> list[str]:
-        """What each scan leaves, until one changes nothing; no page of the program's is lost on the way."""
+        """Return the state after each scan, until one changes nothing; check that no page of the program is lost."""
         seen = [self.scan()]
         while len(seen) < 2 or seen[-1] != seen[-2]:
             seen.append(self.scan())
@@ -154,7 +154,7 @@ def test_eight_pages_do_not_creep(policy: str, scans: list[str], resident: int) 
 
 @pytest.mark.parametrize("policy", ["rfc", "per-order"])
 def test_memory_that_is_too_sparse_for_2m_creeps_there(policy: str) -> None:
-    """160 pages of 512, where at most 256 may be none: in two scans all of it is memory."""
+    """160 pages of 512, with at most 256 none: after two scans the whole range is memory."""
     used = [page for page in range(256) if page % 8 < 5]
     program = Program(X86_64, policy, used, 256)
     assert program.until_it_rests()[-1] == "512"

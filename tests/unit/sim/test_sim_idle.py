@@ -1,4 +1,4 @@
-"""What khugepaged passes over many ranges at a time is what it passes over range by range."""
+"""khugepaged skips the same ranges in one step as range by range."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_many_at_a_time_is_one_by_one(seed: int, orders: frozenset[int], none: i
     assert fast.counters.values() == slow.counters.values()
     assert fast.clock.spent_ns() == slow.clock.spent_ns()
     for one, other in zip(columns(fast.parts), columns(slow.parts), strict=True):
-        # What is left in a frame that was taken and given back differs.
+        # The contents of frames that were allocated and freed differ.
         here = in_use(fast) if len(one) == len(in_use(fast)) else slice(None)
         assert np.array_equal(one[here], other[here])
     assert fast.parts.memory.zones[0].free_blocks() == slow.parts.memory.zones[0].free_blocks()

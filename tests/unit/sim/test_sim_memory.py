@@ -1,4 +1,4 @@
-"""Frames, the buddy allocator, the batch in front of the LRU lists, and the checks that find what is wrong."""
+"""Frames, the buddy allocator, the batch in front of the LRU lists, and the checks that find errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_highest_zone_is_asked_first_and_the_lowest_keeps_a_reserve() -> Non
     assert len(memory.alloc_small(2048)) == 2048
     assert (dma32.free_frames, normal.free_frames, other.free_frames) == (1024, 0, 1024)
     assert memory.nodes_of(np.array([dma32.start, normal.start, other.start])).tolist() == [0, 0, 1]
-    # All of it but the reserve, and only then the other node.
+    # All memory but the reserve, and only then the other node.
     assert len(memory.alloc_small(1024)) == 1024
     assert (dma32.free_frames, other.free_frames) == (2048 // 256, 1024 - 8)
     assert len(memory.alloc_small(2000)) == 1024 - 8

@@ -1,4 +1,4 @@
-"""Memory that is short: reclaim, splitting, compaction, limits, and the end of it all."""
+"""Memory shortage: reclaim, splitting, compaction, limits, and the failure of them all."""
 
 from __future__ import annotations
 

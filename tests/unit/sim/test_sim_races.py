@@ -23,7 +23,7 @@ UNLOCKED = (Step.ALLOC_CHARGE, Step.REVALIDATE, Step.REVALIDATE_AGAIN)
 """Steps before which the kernel holds no lock of the address space."""
 
 SHARED_LOCK = (*UNLOCKED, Step.SWAPIN)
-"""Those, and the one before which it is held for reading only, so that faults, pins and reclaim go on."""
+"""Those steps, and the one before which the lock is held for reading only, so faults, pins and reclaim continue."""
 
 
 def _reclaim(machine: Machine, mm: Mm) -> None:
@@ -103,7 +103,7 @@ ENDS_OTHERWISE = {
     ("a migration", Step.SWAPIN): ScanResult.SUCCEED,
     ("reclaim", Step.SWAPIN): ScanResult.SUCCEED,
 }
-"""What comes of it where one page was swapped out before, so that the collapse reads it back."""
+"""The outcome if one page was swapped out before, so that the collapse reads it back."""
 
 
 def cases() -> Iterator[tuple[str, Step, bool]]:

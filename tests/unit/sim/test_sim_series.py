@@ -1,4 +1,4 @@
-"""What the kernels of the series do in the simulated machine, their bugs included, one rule a test.
+"""Rules of the series' kernels in the simulated machine, with their bugs, one rule a test.
 
 The recorded cases hold the whole against real kernels (tests/golden); these say which rule it is.
 """

@@ -1,4 +1,4 @@
-"""A machine under a random life: after every step everything adds up, and every page holds what was last written.
+"""A machine with random operations: after every step all counts agree, and every page has its last written contents.
 
 Programs on a machine with little memory and less swap make every system call there is, among faults, pins, reclaim,
 compaction, migrations on their way, and khugepaged with others let in between its steps. ``MTHP_TEST_ROUNDS``
@@ -202,7 +202,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(which=WHICH, span=SPAN, advice=st.sampled_from(["DONTNEED", "GUARD_INSTALL"]))
     def discard(self, which: int, span: tuple[int, int], advice: str) -> None:
-        """What lies behind a locked mapping is left alone, where one comes in the way."""
+        """Memory after a locked mapping is left alone if one is in the way."""
         mm = self.mm(which)
         error = self.machine.madvise(mm, *span, advice)
         stop = span[1]
@@ -262,7 +262,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(which=WHICH, address=PAGE)
     def pin(self, which: int, address: int) -> None:
-        """A pinned page stays at its frame until it is unpinned, and the frame holds what the program sees there."""
+        """A pinned page stays at its frame until it is unpinned, and the frame has its contents."""
         mm = self.mm(which)
         if (
             self.machine.read(mm, address)[1] != ZERO_CONTENT
@@ -380,7 +380,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def pages_hold_what_was_written(self) -> None:
-        """Whatever is there, in memory or in swap, without an access to it."""
+        """Return the contents, in memory or in swap, without an access."""
         if not hasattr(self, "machine"):
             return
         parts = self.machine.parts

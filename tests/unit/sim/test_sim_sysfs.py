@@ -1,4 +1,4 @@
-"""The machine's files accept and refuse what the kernel's do."""
+"""The machine's files accept and refuse the same values as the kernel's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many accesses at once leave what the same accesses leave one by one."""
+"""Many accesses at once have the same effect as one by one."""
 
 from __future__ import annotations
 

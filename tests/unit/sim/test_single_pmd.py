@@ -1,4 +1,4 @@
-"""The walk over one PMD range, attempt by attempt: what each result leaves to be tried."""
+"""The walk over one PMD range, attempt by attempt: the next attempts after each result."""
 
 from __future__ import annotations
 

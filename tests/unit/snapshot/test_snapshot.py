@@ -271,7 +271,7 @@ def test_the_file_is_private(file: Path) -> None:
 
 
 class TestOutput:
-    """What may be in the way of a file, and that no half of one is ever left."""
+    """Obstacles to writing a file, and that no partial file is left."""
 
     @pytest.fixture(autouse=True)
     def _nothing_left_behind(self, tmp_path: Path) -> Iterator[None]:

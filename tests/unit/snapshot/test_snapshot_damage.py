@@ -1,4 +1,4 @@
-"""Files that are not whole snapshots of this version: each gets a UsageError that names it and says what is wrong."""
+"""Files that are not whole snapshots of this version: each gets a UsageError that names it and the error."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_cut_at_any_length(whole: Path) -> None:
 
 
 def test_a_changed_byte_is_found_or_harmless(whole: Path) -> None:
-    """Checksums guard the runs; what they leave unguarded is checked. Nothing may end in another exception."""
+    """Checksums guard the runs, and the rest is checked. No other exception may escape."""
     contents = whole.read_bytes()
     path = whole.with_name("changed.parquet")
     footer = len(contents) - int.from_bytes(contents[-8:-4], "little") - 8
@@ -266,7 +266,7 @@ def test_row_groups_that_overlap(whole: Path) -> None:
 
 
 def test_damage_after_loading_is_a_usage_error_too(tmp_path: Path) -> None:
-    """The file is larger than what a buffer of the open file may still hold."""
+    """The file is larger than the part that a buffer of the open file may still have."""
     path = tmp_path / "large.parquet"
     state = np.random.default_rng(0).integers(1, 1 << 12, 1 << 16).astype(np.uint16)
     vma = Vma(HEAP, HEAP + len(state) * PAGE, "rw-p")

@@ -1,4 +1,4 @@
-"""Traces of standard tools: what they look like, and what is made of them."""
+"""Traces of standard tools: their formats, and the recordings made of them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ ROWS = [
 
 
 class Rows:
-    """A source that knows what the test says."""
+    """A source with the rows of the test."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.known = list(rows)

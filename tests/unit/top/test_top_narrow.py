@@ -58,7 +58,7 @@ STATUS: Mapping[str, Any] = {
 
 
 class Rows:
-    """A source that knows what the test says."""
+    """A source with the rows of the test."""
 
     def rows(self) -> Sequence[Row]:
         return ROWS

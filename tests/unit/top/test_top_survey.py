@@ -186,7 +186,7 @@ def test_listing_thousands_leaves_time_for_looking_closely() -> None:
     work_off(survey)
     host.now = 7.9
     assert not survey.work()
-    # 0.2 s are a quarter of what a tenth of a processor is in 8 s.
+    # 0.2 s are a quarter of a tenth of a processor in 8 s.
     host.now = 8.1
     survey.work()
     assert host.looked["first", 0] == 2

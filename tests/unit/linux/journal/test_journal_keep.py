@@ -1,4 +1,4 @@
-"""A tunable that is kept for as long as a process runs: beside windows, and put back whatever ends its owner."""
+"""A tunable that is held while a process runs: together with windows, and put back however its owner ends."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_two_processes_do_not_keep_the_same(tunables: Tunables) -> None:
         tunables.journal(watched=False).keep({TUNABLE: "3"})
     os.kill(pid, signal.SIGKILL)
     ended(pid)
-    # Its owner is gone: the next one puts back what it left, and begins with that.
+    # Its owner ended, so the next one first puts back its changes.
     journal = tunables.journal(watched=False)
     journal.keep({TUNABLE: "3"})
     journal.release()

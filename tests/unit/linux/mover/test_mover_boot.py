@@ -1,4 +1,4 @@
-"""What is read of a thread that runs the boot code, before it has run its first instruction."""
+"""State of a thread that runs the boot code, before its first instruction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many system calls in one go: what each returns, and in which order they are made."""
+"""Many system calls in one table: their results, and their order."""
 
 from __future__ import annotations
 

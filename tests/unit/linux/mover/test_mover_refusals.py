@@ -1,4 +1,4 @@
-"""What the mover refuses, as far as it follows from texts and columns."""
+"""Refusals of the mover that follow from texts and columns."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_bytes_are_the_source_assembled(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_boot_code_is_its_source_assembled(tmp_path: Path, name: str) -> None:
-    """Behind the code lies data, of which the source has zeroes."""
+    """After the code there is data, which is zero in the source."""
     code, made = by_name(name).boot, assembled(SOURCES / f"boot_{name}.S", name, tmp_path)
     assert made.startswith(code)
     assert not any(made[len(code) :])

@@ -31,11 +31,11 @@ class Space:
 
     Attributes:
         collapsed: the ranges that were collapsed.
-        outcome: what a collapse says.
+        outcome: the result of a collapse.
         bounds: the limits of memory.
         filled: whether pages of zeroes are still there afterwards.
         moved_order: of folios on other frames that everything lies in afterwards.
-        moving: how often what is filled is seen under migration before it has frames again.
+        moving: number of readings that find the fill under migration before it has frames again.
     """
 
     geometry, thp_disabled, process = X86_64, False, None
@@ -77,7 +77,7 @@ class Space:
 
 
 class Divider:
-    """Divides all but what it is to refuse."""
+    """Divides all folios but those that it must refuse."""
 
     def __init__(self, space: Space) -> None:
         self._space = space

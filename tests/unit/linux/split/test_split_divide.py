@@ -1,4 +1,4 @@
-"""A large folio divided into a layout: what is written to the file, and what comes of refusals at every step."""
+"""A large folio divided into a layout: writes to the file, and the outcome of refusals at every step."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def layout_of(*orders: int, geometry: Geometry = X86_64) -> NDArray[np.int8]:
-    """Folios one after another, and base pages behind the last."""
+    """Folios one after another, and base pages after the last."""
     layout = np.zeros(geometry.ptes_per_pmd, np.int8)
     at = 0
     for order in orders:
@@ -179,7 +179,7 @@ def test_what_is_to_be_base_pages_stays_whole_until_one_write() -> None:
     machine = Machine(knows_offset=True)
     assert machine.divider().divide(machine.folio, layout) == []
     assert (machine.orders == layout).all()
-    # One for the block, and one for each half beside the way to it; of equal parts there are 32.
+    # One for the block, and one for each half on the way to it; equal parts would be 32.
     assert machine.writes[0] == (0, 4, 160)
     assert len(machine.writes) == 6
     machine = Machine()
@@ -271,7 +271,7 @@ def test_a_part_whose_first_pages_were_unmapped_is_split_by_another_page() -> No
     machine.mapped[:20] = False
     layout = layout_of(4, 4, 4)
     assert machine.divider().divide(machine.folio, layout) == []
-    # The first block is not there at all; the second is split off by what is left of it.
+    # The first block is gone; the split of its rest separates the second.
     assert (machine.orders[32:] == layout[32:]).all()
     assert machine.writes[0][0] == 20
 

@@ -1,4 +1,4 @@
-"""The writes that are chosen for a layout: what each leaves to do, and that no choice costs more than equal parts."""
+"""The writes for a layout: the work left after each, and that a choice never costs more than equal parts."""
 
 from __future__ import annotations
 
