@@ -324,6 +324,7 @@ class Target:
             # Continue as if the process had been touched, once the measurement is over.
             self.end_pass()
             self._seen = None
+            self.forks.put_back(after_fork)
             return
         self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
         taken = self._environment.clock() - now

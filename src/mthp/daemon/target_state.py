@@ -153,6 +153,10 @@ class Forks:
         over, self._over = self._over, False
         return over
 
+    def put_back(self, over: bool) -> None:
+        """Return from the next call of :meth:`take_over` what this one did, because nothing was scanned."""
+        self._over |= over
+
 
 class SmallFolios:
     """The small folios of one target.

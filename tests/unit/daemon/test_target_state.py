@@ -8,6 +8,7 @@ import numpy as np
 
 from daemon_stage import (
     BLOCK,
+    EMPTY,
     FULL,
     HALF,
     HUGE,
@@ -147,6 +148,25 @@ def test_what_is_used_comes_first_once_that_is_known() -> None:
     until(lambda: not stage.target.heat.measuring, "the heat")
     stage.steps(30.0)
     assert stage.collapsed == [2, 0, 1, 3]
+
+
+def test_what_copy_on_write_broke_up_comes_first_after_a_measurement_of_heat_too() -> None:
+    stage = Stage(HUGE, HUGE, EMPTY, heat=HeatRequest("damon", 1.0), max_ptes_none=511)
+    stage.space.__class__ = Measured
+    stage.steps(1.0)
+    stage.target.forks.began(8, stage.now)
+    stage.space.write(START, Pte.PRESENT, 0, pages=N // 2)
+    stage.space.write(START + G.pmd_size // 2, 0, ORDER_NONE, pages=N // 2)
+    # Fuller, and used.
+    stage.space.write(START + 2 * G.pmd_size, Pte.PRESENT, 0, pages=N)
+    stage.now += 5.0
+    assert stage.target.forks.ended(8, stage.now)
+    stage.target.next_at = stage.now
+    stage.target.step()
+    assert stage.collapsed == []
+    until(lambda: not stage.target.heat.measuring, "the heat")
+    stage.steps(30.0)
+    assert stage.collapsed == [0, 2]
 
 
 def test_without_a_source_of_heat_fullness_decides() -> None:
