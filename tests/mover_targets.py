@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,12 +24,16 @@ import pytest
 from numpy.typing import NDArray
 
 from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.steps import Observer
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import BlockOutcome
 from targets import threads_of
 from thp_switches import size_name
 from waiting import FACTOR, PATIENCE, wait_for
+
+Observe = Callable[[Observer | None], None]
+"""The fixture ``observe``: has its argument called after every step of the mover."""
 
 GEOMETRY = ThpSysfs().geometry()
 """Of this machine."""

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import pytest
 
-from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
+from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Observe, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.linux.mover import boot, inject, steps
+from mthp.linux.mover import boot, inject
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.refuse.block import BlockRefusal
@@ -84,7 +84,7 @@ def test_a_frozen_target_gets_its_registers_back(
 
 
 def test_a_target_frozen_at_work_is_left_to_itself(
-    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, observe: Observe
 ) -> None:
     """It finishes the window by itself when it is thawed; mthp does not wait for that."""
     monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
@@ -94,7 +94,7 @@ def test_a_target_frozen_at_work_is_left_to_itself(
             if step is Step.WRITTEN:
                 frozen_cgroup(target.pid)
 
-        monkeypatch.setattr(steps, "observer", freeze)
+        observe(freeze)
         with MoverSession(process, GEOMETRY, duty=1.0) as session, pytest.raises(CannotStopError, match="does not run"):
             session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
         assert not target.progresses(0.2)
@@ -312,9 +312,7 @@ def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
 
 
-def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path, observe: Observe) -> None:
     """SIGSTOP cannot be blocked, and stops the thread that runs the stub; afterwards the process is stopped."""
     sent = 0
 
@@ -325,7 +323,7 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(
             target.signal(signal.SIGSTOP)
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        monkeypatch.setattr(steps, "observer", stop)
+        observe(stop)
         open_window(process)
         assert sent == 1
         assert wait_for(lambda: target.state() == "T")
@@ -335,14 +333,12 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(
 
 
 @pytest.mark.parametrize("step", Step)
-def test_a_target_that_is_killed_at_any_step_has_vanished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
-) -> None:
+def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, observe: Observe, step: Step) -> None:
     def kill(done: Step) -> None:
         if done is step:
             target.signal(signal.SIGKILL)
 
-    monkeypatch.setattr(steps, "observer", kill)
+    observe(kill)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         with pytest.raises(TargetVanishedError), MoverSession(process, GEOMETRY, duty=1.0) as session:
             session.move([(target.base, ORDER)] * 3)

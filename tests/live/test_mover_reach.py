@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, belongings, program
-from mthp.linux.mover import leftovers, steps
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Observe, Writers, belongings, program
+from mthp.linux.mover import leftovers
 from mthp.linux.mover.leftovers import find_leftovers, remove_leftovers
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
@@ -112,7 +112,7 @@ def test_a_target_that_reads_all_of_its_memory_does_not_wait(tmp_path: Path, thp
 
 
 def test_between_two_windows_a_target_has_what_it_had(
-    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
 ) -> None:
     """And within one, only while all of its threads are stopped."""
     thp_switches.only(BLOCK_SIZE, word="always")
@@ -123,7 +123,7 @@ def test_between_two_windows_a_target_has_what_it_had(
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         before = belongings(target.pid)[0]
-        monkeypatch.setattr(steps, "observer", look)
+        observe(look)
         with MoverSession(process, GEOMETRY, duty=1.0) as session:
             session.move([(target.base, ORDER)])
             assert belongings(target.pid)[0] == before

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings, open_window
-from mthp.linux.mover import steps
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Observe, Writers, compiled, mappings, open_window
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession, in_tracing_thread
 from mthp.linux.mover.steps import Step
@@ -62,7 +61,7 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_waits_for_the_end_of_the_window(
-    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
 ) -> None:
     thp_switches.only(BLOCK_SIZE, word="always")
     windows = 0
@@ -75,7 +74,7 @@ def test_an_interrupt_waits_for_the_end_of_the_window(
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.02)
 
-    monkeypatch.setattr(steps, "observer", interrupt)
+    observe(interrupt)
     with Writers(tmp_path, 2, 4) as target:
         before = mappings(target.pid)
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
@@ -113,7 +112,7 @@ def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginnin
 
 
 def test_an_error_of_ours_while_the_worker_runs_does_no_harm(
-    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
 ) -> None:
     """Whatever happens after the worker was let run, the other threads stay parked until it is done."""
     thp_switches.only(BLOCK_SIZE, word="always")
@@ -123,7 +122,7 @@ def test_an_error_of_ours_while_the_worker_runs_does_no_harm(
         if step is failing:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(steps, "observer", fail)
+    observe(fail)
     with Writers(tmp_path, 4, 4) as target, Process(target.pid) as process:
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
         for failing in (Step.WRITTEN, Step.PARKED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):

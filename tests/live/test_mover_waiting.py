@@ -28,12 +28,12 @@ from mover_targets import (
     SYSCALL_TIMEOUT,
     SYSCALLS,
     WAITERS,
+    Observe,
     Syscalls,
     Waiters,
     compiled,
 )
 from mthp.errors import TargetVanishedError
-from mthp.linux.mover import steps
 from mthp.linux.mover.arch import native, x86_64
 from mthp.linux.mover.arch.machine import Registers
 from mthp.linux.mover.session import MoverSession
@@ -177,7 +177,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("step", [Step.BOOTED, Step.WRITTEN, Step.DONE, Step.UNMAPPED])
 @pytest.mark.parametrize("call", ["pause", "read", "restarted read", "nanosleep", "epoll_wait"])
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
-    thp_switches: ThpSwitches, machine: None, monkeypatch: pytest.MonkeyPatch, call: str, step: Step
+    thp_switches: ThpSwitches, machine: None, observe: Observe, call: str, step: Step
 ) -> None:
     """A thread that waits for a signal would otherwise wait for ever after the signal was handled.
 
@@ -193,7 +193,7 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
             os.kill(target.pid, signal.SIGUSR1)
             sent += 1
 
-    monkeypatch.setattr(steps, "observer", send)
+    observe(send)
     code = f"import select, signal\n{PREAMBLE}\nBLOCK, CALL = {BLOCK}, {call!r}\n{CALLER}"
     with subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

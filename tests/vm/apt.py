@@ -89,9 +89,20 @@ class Apt:
         architecture: Debian's word: amd64, arm64, ppc64el.
         suites: the suites to fetch from.
         root: its directory; one below the lab's cache, if not given.
+        source: where it fetches from; what the system uses, if not given.
+        pauses: seconds before each try to fetch the lists.
     """
 
-    def __init__(self, architecture: str, suites: Sequence[str] = SUITES, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        suites: Sequence[str] = SUITES,
+        root: Path | None = None,
+        source: Source | None = None,
+        pauses: Sequence[float] = (0, 5, 15),
+    ) -> None:
+        self._source = source
+        self._pauses = pauses
         self.architecture = architecture
         self.suites = tuple(suites)
         self.root = root or cache_directory() / "apt" / f"{architecture}-{'-'.join(self.suites)}"
@@ -111,8 +122,8 @@ class Apt:
             return
         self._configure()
         # A list that the archive is just replacing does not stop the others.
-        for patience in (0, 5, 15):
-            time.sleep(patience)
+        for pause in self._pauses:
+            time.sleep(pause)
             done = self._run(["apt-get", "update", "-oAcquire::Retries=0"], check=False)
             if self._has("*_Packages*"):
                 break
@@ -127,7 +138,7 @@ class Apt:
         return any((self.root / "lists").glob(pattern))
 
     def _configure(self) -> None:
-        source = system_source()
+        source = self._source or system_source()
         for directory in ("lists/partial", "cache/archives/partial"):
             (self.root / directory).mkdir(parents=True, exist_ok=True)
         (self.root / "status").touch()

@@ -246,17 +246,21 @@ def run(kernel: Kernel, job: Job, *, echo: bool = False, listen: Listen | None =
 
 @functools.cache
 def kvm_works(kernel: Kernel) -> bool:
-    """Return whether the host's processor runs a kernel.
+    """Return whether the host's processor runs a kernel."""
+    same = kernel.platform.machine == os.uname().machine
+    return same and os.access("/dev/kvm", os.R_OK | os.W_OK) and boots_in_kvm(kernel)
+
+
+def boots_in_kvm(kernel: Kernel, boot: Callable[[Kernel, Job], Outcome] = run) -> bool:
+    """Return whether a kernel comes up in KVM.
 
     /dev/kvm alone is not enough: the machine is often a guest itself, and may lack a feature that the kernel uses. So a
     short boot tries it, once for each kernel while the machine is up.
     """
-    if kernel.platform.machine != os.uname().machine or not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return False
     up = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     known = cache_directory() / "kvm" / f"{up}-{kernel.release}"
     if not known.exists():
-        outcome = run(kernel, Job("true", seconds=PROBE_SECONDS, memory_mb=512, accelerator="kvm"))
+        outcome = boot(kernel, Job("true", seconds=PROBE_SECONDS, memory_mb=512, accelerator="kvm"))
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text("works" if outcome.exit_code == 0 else outcome.console[-4000:] or "says nothing")
     return known.read_text() == "works"

@@ -55,6 +55,7 @@ _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
 
 Say = Callable[[str], None]
+Boot = Callable[..., Outcome]
 
 
 @dataclass
@@ -164,6 +165,7 @@ def examine(
     echo: bool = False,
     keep: bool = False,
     say: Say = lambda _: None,
+    boot: Boot = run,
 ) -> Row:
     """Run the commands and the live tests `files` on a kernel, in as many guests as needed.
 
@@ -176,11 +178,12 @@ def examine(
         echo: whether to print the output of the guests, and every test.
         keep: whether to save the row after every test.
         say: called with every failed test and every finished file.
+        boot: runs a job in a guest.
     """
     row = row or Row(kernel.name, kernel.release)
     while smoke or files:
         known = len(row.tests)
-        outcome = _guest(kernel, files, smoke, row, seconds, echo, keep, say)
+        outcome = _guest(kernel, files, smoke, row, seconds, echo, keep, say, boot)
         row.seconds += outcome.seconds
         row.console = outcome.console[-4000:]
         if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
@@ -198,7 +201,15 @@ def examine(
 
 
 def _guest(
-    kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: float, echo: bool, keep: bool, say: Say
+    kernel: Kernel,
+    files: list[str],
+    smoke: bool,
+    row: Row,
+    seconds: float,
+    echo: bool,
+    keep: bool,
+    say: Say,
+    boot: Boot,
 ) -> Outcome:
     script = SETUP + _wishes() + (_SMOKE if smoke else "smoke=0\n")
     if files:
@@ -233,7 +244,7 @@ def _guest(
             say(f"{kernel.name}: {at}: {_cell(row.file(at))}")
         at = _file_of(name)
 
-    return run(kernel, job, echo=echo, listen=listen)
+    return boot(kernel, job, echo=echo, listen=listen)
 
 
 def _wishes() -> str:

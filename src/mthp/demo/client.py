@@ -80,13 +80,18 @@ class Verification:
 class Workload(Closing):
     """The workload process, held by a ``with`` block that ends it.
 
+    Args:
+        program: the interpreter to run it in; this one if None.
+        timeout: seconds to wait for an answer, on top of those that the question takes.
+
     Example:
         >>> with Workload() as workload:  # doctest: +SKIP
         ...     workload.start(fit_size(1 << 30))
         ...     workload.measure(2.0).lookups_per_s
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: str | None = None, timeout: float = ANSWER_TIMEOUT) -> None:
+        self._program, self._timeout = program or sys.executable, timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: int | None = None
         self._pending = b""
@@ -121,8 +126,8 @@ class Workload(Closing):
         if self._process is not None:
             raise UsageError(f"the demo's workload runs already, as PID {self._process.pid}")
         # -P, because the working directory may have modules of the same names.
-        command = [sys.executable, "-P", "-m", "mthp.demo.workload", "--size", str(size), "--parent", str(os.getpid())]
-        self._patience = ANSWER_TIMEOUT + size / SLOWEST_BYTES_PER_S
+        command = [self._program, "-P", "-m", "mthp.demo.workload", "--size", str(size), "--parent", str(os.getpid())]
+        self._patience = self._timeout + size / SLOWEST_BYTES_PER_S
         try:
             # A file in memory, because a pipe would fill up while nothing reads it.
             self._stderr = os.memfd_create("mthp-demo-stderr")

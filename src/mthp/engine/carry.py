@@ -19,7 +19,6 @@ depend on the mechanism:
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -211,7 +210,7 @@ class Carrier:
         self._work.tried(sum(self._geometry.size_of(order) for _, order in blocks))
         if self._mechanism == "move":
             self._work.report.moved_blocks += len(blocks)
-        begin = time.monotonic()
+        begin = self._work.clock.now()
         try:
             outcomes = self._patiently(blocks, columns)
         except MthpError as error:
@@ -223,7 +222,7 @@ class Carrier:
         finally:
             self.pauses_ns += take_pauses(self._work.space)
             self.seconds += [call / 1e9 for call in take_calls(self._work.space)]
-        self._adapt(time.monotonic() - begin, len(blocks))
+        self._adapt(self._work.clock.now() - begin, len(blocks))
         if any(outcome.result is ScanResult.SUCCEED for outcome in outcomes):
             self._work.report.copied_bytes += self._beside
         if all(outcome.everywhere for outcome in outcomes):

@@ -16,6 +16,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import SpacePlan
+from mthp.engine.visited import Clock
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -37,6 +38,7 @@ def collapse_space(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
+    clock: Clock | None = None,
 ) -> CollapseReport:
     """Plan `space` and carry the plan out.
 
@@ -48,6 +50,7 @@ def collapse_space(
         stop: called before every range and every batch; once it returns True nothing more is begun, and the report
             holds the outcomes until then.
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
+        clock: the time that a rate and the report count in; by default that of this machine.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`; the PMD order with the mechanism ``move``, which cannot make it; an
@@ -58,7 +61,9 @@ def collapse_space(
     """
     check_mechanism(means, small=choice.small)
     plan = plan_space(space, _to_be_planned(choice, means, space.geometry), stop=stop)
-    return carry_out(space, plan, means, dry_run=dry_run, progress=progress, stop=stop, before_move=before_move)
+    return carry_out(
+        space, plan, means, dry_run=dry_run, progress=progress, stop=stop, before_move=before_move, clock=clock
+    )
 
 
 def check_mechanism(means: Means, *, small: bool = False) -> None:
@@ -122,11 +127,12 @@ def carry_out(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
+    clock: Clock | None = None,
 ) -> CollapseReport:
     """Carry out `plan`.
 
     Args:
-        means, dry_run, progress, stop, before_move: as for :func:`collapse_space`.
+        means, dry_run, progress, stop, before_move, clock: as for :func:`collapse_space`.
 
     Raises:
         NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error after
@@ -154,7 +160,7 @@ def carry_out(
         report.allowed = allowed_of(space, plan, means)
         return report
     total = sum(int((np.int64(geometry.page_size) << folios.order.astype(np.int64)).sum()) for folios in by.values())
-    work = Work(space, means, report, total, progress, stop)
+    work = Work(space, means, report, total, progress, stop, clock)
     carriers = {mechanism: Carrier(work, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     with work.reported():
         for mechanism, carrier in carriers.items():

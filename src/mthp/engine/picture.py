@@ -34,10 +34,10 @@ _SHADES = ("#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#0
 """Colours of the orders, the smallest order first; the largest has the last."""
 
 
-def picture(plan: SpacePlan) -> str:
-    """Return an SVG picture of a plan."""
+def picture(plan: SpacePlan, most: int = MOST) -> str:
+    """Return an SVG picture of a plan, of at most `most` cells."""
     kinds = _kinds(plan)
-    step = max(1, -(-len(kinds) // MOST))
+    step = max(1, -(-len(kinds) // most))
     shown = kinds[::step]
     lines = -(-len(shown) // ACROSS)
     present = sorted(set(shown.tolist()), reverse=True)

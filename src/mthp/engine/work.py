@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import threading
 from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.report import CollapseReport
+from mthp.engine.visited import Clock, WallClock
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Means
 from mthp.measuring import measure
@@ -27,6 +28,7 @@ class Work:
 
     Args:
         total: bytes that are planned.
+        clock: the time that the work takes and rests; by default that of this machine.
 
     Attributes:
         space, means, report: those of the collapse.
@@ -42,7 +44,9 @@ class Work:
         total: int,
         progress: Progress | None,
         stop: Callable[[], bool],
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or WallClock()
         self.space = space
         self.means = means
         self.report = report
@@ -52,15 +56,15 @@ class Work:
         self.has_begun = False
         self._total = total
         self._done = 0
-        self._budget = ByteBudget(means.rate, time.monotonic)
+        self._budget = ByteBudget(means.rate, self.clock.now)
         self._progress = progress
         self._stop = stop
-        self._started = time.monotonic()
+        self._started = self.clock.now()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the run began."""
-        return time.monotonic() - self._started
+        return self.clock.now() - self._started
 
     def told_to_stop(self) -> bool:
         """Return whether nothing more is to be begun, and note a stop in the report."""
@@ -85,7 +89,7 @@ class Work:
     def keep_pace(self) -> None:
         """Rest until the bytes tried per second are within the rate."""
         while (rest := self._budget.wait()) > 0 and not self._stop():
-            time.sleep(min(rest, PACE))
+            self.rest(min(rest, PACE))
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
@@ -107,7 +111,7 @@ class Work:
 
     def rest(self, seconds: float) -> None:
         """Sleep."""
-        time.sleep(seconds)
+        self.clock.sleep(seconds, threading.Event())
 
     def most_at_once(self, size: int, at_most: int) -> int:
         """Return the runs of `size` bytes that make a batch: fewer than `at_most` if a rate makes them take long."""

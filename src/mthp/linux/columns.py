@@ -9,7 +9,7 @@ between. Each is right about its moment, and no conclusion from two of them does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -250,11 +250,11 @@ class ColumnReader:
         order[pages] = self._geometry.pmd_order
 
 
-def _believed(folios: FolioReader | None) -> np.uint64:
+def _believed(folios: FolioReader | None, own: Callable[[], int] = own_frame) -> np.uint64:
     """Return a mask of the flags of kpageflags that are valid on this kernel."""
     # Linux 6.12 to 7.0, except some of their stable releases, show KPF_KSM for every anonymous page (stable_page_flags,
     # fs/proc/page.c): then it is set on a page of this process, too, which cannot have been merged.
-    frame = own_frame() if folios else 0
+    frame = own() if folios else 0
     lies = folios is not None and frame and int(folios.words_at(np.array([frame], np.uint64))[0]) & abi.KPF_KSM
     return np.uint64(0xFFFFFFFFFFFFFFFF & ~abi.KPF_KSM if lies else 0xFFFFFFFFFFFFFFFF)
 

@@ -28,10 +28,10 @@ _WORDS_A_CALL = int(SECONDS_PER_CALL / SECONDS_PER_WORD)
 """Words that are read in the time of a call."""
 
 _MOST_THREADS = 4
-_FEWEST_WORDS_A_THREAD = 1 << 14
+FEWEST_WORDS_A_THREAD = 1 << 14
 """About 1.5 milliseconds of reading, much more than the start of a thread takes."""
 
-_FEWEST_WORDS_A_CALL = 1 << 5
+FEWEST_WORDS_A_CALL = 1 << 5
 """Shorter calls leave the interpreter little time between them for other threads."""
 
 Frames = NDArray[np.int64]
@@ -41,12 +41,24 @@ Words = NDArray[np.uint64]
 class FrameWords:
     """A reader of the words of frames. Several threads may use one at once.
 
+    Args:
+        threads: how many share a long read; as many as processors, up to four, if not given.
+        share: the fewest words of a thread.
+        call: the fewest words of a call, on average, of a read that threads share.
+
     Raises:
         OSError: it cannot be opened: it takes root and CAP_SYS_ADMIN.
     """
 
-    def __init__(self, path: str) -> None:
-        self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    def __init__(
+        self,
+        path: str,
+        threads: int | None = None,
+        share: int = FEWEST_WORDS_A_THREAD,
+        call: int = FEWEST_WORDS_A_CALL,
+    ) -> None:
+        self._threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._share, self._call = share, call
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -102,7 +114,7 @@ class FrameWords:
         ends = np.cumsum(sizes)
         buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint64)
         share = -(-len(buffer) // self._threads)
-        if share < _FEWEST_WORDS_A_THREAD or len(buffer) < _FEWEST_WORDS_A_CALL * len(ends):
+        if share < self._share or len(buffer) < self._call * len(ends):
             self._load_part(starts - (ends - sizes), ends, 0, buffer)
             return buffer
         # Nearly all of the time is spent in the kernel, which takes no lock for it, and Python lets other threads run

@@ -49,9 +49,13 @@ class KernelKhugepaged:
 
     Args:
         journal: of the switches; the system's if not given.
+        seconds: the longest window.
     """
 
-    def __init__(self, space: ProcessSpace, journal: SwitchJournal | None = None) -> None:
+    def __init__(
+        self, space: ProcessSpace, journal: SwitchJournal | None = None, seconds: float = WINDOW_SECONDS
+    ) -> None:
+        self._seconds = seconds
         self._space = space
         self._geometry = space.geometry
         self._sysfs = space.sysfs
@@ -74,7 +78,7 @@ class KernelKhugepaged:
         before = self._counted()
         made = self._made(blocks)
         with self._journal.settings(settings):
-            end, scans = time.monotonic() + WINDOW_SECONDS, self._full_scans()
+            end, scans = time.monotonic() + self._seconds, self._full_scans()
             counted = before
             while not made.all() and time.monotonic() < end:
                 # The scan in which the window began counts, too, although it has passed a part of the memory before.

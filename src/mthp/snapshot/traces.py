@@ -102,6 +102,7 @@ class Trace:
     Args:
         kind: ``lackey``, ``perf`` or ``damon``; detected if None.
         page_size: size of base pages, in bytes.
+        at_most: lines of Lackey, or samples of perf, that a step has at most.
 
     Attributes:
         kind: kind of the trace.
@@ -111,7 +112,10 @@ class Trace:
         UsageError: missing, unreadable, not a trace, or not of that kind.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str | None, page_size: int) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str | None, page_size: int, at_most: int = ACCESSES_A_STEP
+    ) -> None:
+        self._at_most = at_most
         self.path = os.fspath(path)
         self._page_size = page_size
         self.skipped = 0
@@ -150,7 +154,7 @@ class Trace:
     def _lackey(self, file: Iterator[str]) -> Iterator[TraceStep]:
         for number in itertools.count(1):
             addresses, line = array("Q"), ""
-            for line in islice(file, ACCESSES_A_STEP):
+            for line in islice(file, self._at_most):
                 if not (match := _LACKEY.match(line)):
                     self.skipped += not _LACKEY_OTHER.match(line)
                 # Addresses of the kernel, and those that cannot be.
@@ -177,7 +181,7 @@ class Trace:
             # perf's times count from the boot of the machine.
             begin = at if begin is None else begin
             # A step of too many samples is cut, to bound its memory.
-            if (at - begin >= due or len(addresses) >= ACCESSES_A_STEP) and addresses:
+            if (at - begin >= due or len(addresses) >= self._at_most) and addresses:
                 yield self._step(due, addresses)
                 addresses = array("Q")
                 # Seconds without samples have no step of their own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mthp.budget import MemoryBound
-from mthp.demo import client, workload
+from mthp.demo import workload
 from mthp.demo.client import MIN_SIZE, Workload, fit_size
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 
@@ -131,38 +130,36 @@ class TestBadChild:
     """A workload that does not do as it should, played by a shell script in the interpreter's place."""
 
     @staticmethod
-    def play(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    def play(folder: Path, script: str) -> str:
         program = folder / "child"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(sys, "executable", str(program))
+        return str(program)
 
-    def test_fails_with_a_reason(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.play(monkeypatch, tmp_path, "echo no such library >&2; exit 3")
-        with Workload() as child, pytest.raises(TargetVanishedError, match="exited with status 3") as caught:
+    def test_fails_with_a_reason(self, tmp_path: Path) -> None:
+        program = self.play(tmp_path, "echo no such library >&2; exit 3")
+        with Workload(program) as child, pytest.raises(TargetVanishedError, match="exited with status 3") as caught:
             child.start(MIN_SIZE)
         assert caught.value.help == "no such library"
 
-    def test_killed_without_a_word(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.play(monkeypatch, tmp_path, "kill -9 $$")
-        with Workload() as child, pytest.raises(TargetVanishedError, match="Killed") as caught:
+    def test_killed_without_a_word(self, tmp_path: Path) -> None:
+        program = self.play(tmp_path, "kill -9 $$")
+        with Workload(program) as child, pytest.raises(TargetVanishedError, match="Killed") as caught:
             child.start(MIN_SIZE)
         assert "memory" in caught.value.help
 
-    def test_never_ready(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.play(monkeypatch, tmp_path, "exec sleep 10000")
-        monkeypatch.setattr(client, "ANSWER_TIMEOUT", 0.2)
-        with Workload() as child, pytest.raises(MthpError, match="has not answered"):
+    def test_never_ready(self, tmp_path: Path) -> None:
+        program = self.play(tmp_path, "exec sleep 10000")
+        with Workload(program, timeout=0.2) as child, pytest.raises(MthpError, match="has not answered"):
             child.start(MIN_SIZE)
 
-    def test_not_there(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
-        with Workload() as child, pytest.raises(MthpError, match="cannot be started"):
+    def test_not_there(self, tmp_path: Path) -> None:
+        with Workload(str(tmp_path / "nothing")) as child, pytest.raises(MthpError, match="cannot be started"):
             child.start(MIN_SIZE)
 
-    def test_refuses(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.play(monkeypatch, tmp_path, """echo '{"event": "ready"}'; read -r line; echo '{"error": "too early"}'""")
-        with Workload() as child:
+    def test_refuses(self, tmp_path: Path) -> None:
+        program = self.play(tmp_path, """echo '{"event": "ready"}'; read -r line; echo '{"error": "too early"}'""")
+        with Workload(program) as child:
             child.start(MIN_SIZE)
             with pytest.raises(MthpError, match="too early"):
                 child.verify()

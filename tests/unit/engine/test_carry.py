@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.engine import carry, work
+from mthp.engine.carry import FIRST_BATCH, PATIENCE
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import PlanOptions
@@ -83,11 +83,12 @@ def pages_of(*runs: tuple[int, int], cls: type[MovingSpace] = MovingSpace, **mor
 
 def moved(space: FakeSpace, stop: Any = lambda: False, **options: Any) -> CollapseReport:
     dry_run = options.pop("dry_run", False)
+    clock = options.pop("clock", None)
     names = ("mechanism", "max_bloat", "rate", "max_pause", "pause_share", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"max_ptes_none": 0} | options))
     return collapse_space(
-        space, plan, Means(**({"mechanism": "move", "max_bloat": None} | own)), dry_run=dry_run, stop=stop
+        space, plan, Means(**({"mechanism": "move", "max_bloat": None} | own)), dry_run=dry_run, stop=stop, clock=clock
     )
 
 
@@ -118,15 +119,13 @@ def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     stops = iter([*[False] * data.draw(st.integers(0, 8)), *[True] * 500])
     space = pages_of(*runs, geometry=PPC, fails=fails)
     before = orders_now(space)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carry, "FIRST_BATCH", data.draw(st.sampled_from([1, 2, 16])))
-        report = moved(
-            space,
-            lambda: next(stops),
-            fill=fill,
-            max_bloat=max_bloat,
-            max_ptes_none=data.draw(st.sampled_from([0, 8, PPC.ptes_per_pmd - 1])),
-        )
+    report = moved(
+        space,
+        lambda: next(stops),
+        fill=fill,
+        max_bloat=max_bloat,
+        max_ptes_none=data.draw(st.sampled_from([0, 8, PPC.ptes_per_pmd - 1])),
+    )
 
     planned = report.plan.folios_by_order
     assert list(report.folios) == list(planned)
@@ -148,13 +147,29 @@ def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     assert report.complete == (not report.interrupted and not left and not report.done_nothing)
 
 
-class SlowSpace(MovingSpace):
-    """Takes `fixed` seconds to make ready and `each` for a block, by its own clock."""
+class FakeClock:
+    """Time that passes only where it is spent."""
 
-    now, fixed, each = 0.0, 0.0, 0.0
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.slept = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        self.slept += seconds
+        self.time += seconds
+
+
+class SlowSpace(MovingSpace):
+    """Takes `fixed` seconds of `clock` to make ready and `each` for a block."""
+
+    clock: FakeClock
+    fixed, each = 0.0, 0.0
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        SlowSpace.now += self.fixed + self.each * len(blocks)
+        self.clock.time += self.fixed + self.each * len(blocks)
         return super().attempt_blocks(blocks, means, before)
 
 
@@ -169,13 +184,12 @@ class SlowSpace(MovingSpace):
     ],
 )
 def test_what_it_takes_to_make_ready_is_not_spent_on_every_block(
-    monkeypatch: pytest.MonkeyPatch, fixed: float, each: float, last: tuple[int, int]
+    fixed: float, each: float, last: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(carry, "time", types.SimpleNamespace(monotonic=lambda: SlowSpace.now))
-    monkeypatch.setattr(SlowSpace, "fixed", fixed)
-    monkeypatch.setattr(SlowSpace, "each", each)
     space = pages_of((4096, 0), cls=SlowSpace)
-    assert moved(space, orders=(2,)).complete
+    assert isinstance(space, SlowSpace)
+    space.clock, space.fixed, space.each = FakeClock(), fixed, each
+    assert moved(space, orders=(2,), clock=space.clock).complete
     low, high = last
     assert all(low <= len(batch) <= high for batch in space.batches[-5:-1])
 
@@ -234,37 +248,29 @@ def test_it_is_announced_before_anything_is_moved() -> None:
     assert len(told) == 1
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work.Work, "rest", lambda self, seconds: None)
-
-
-@pytest.mark.usefixtures("patient")
 def test_a_refusal_that_passes_is_waited_for() -> None:
     space = pages_of((64, 448))
     space.refusals = [VFORK] * 3
-    report = moved(space)
+    report = moved(space, clock=FakeClock())
     assert report.complete
     assert len(space.batches) == 4
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_refusal_that_stays_is_the_reason_of_all_and_is_not_asked_for_each() -> None:
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = ["a filter guards it"] * 1000
-    report = moved(space, orders="16K,64K")
+    report = moved(space, orders="16K,64K", clock=FakeClock())
     assert len(space.batches) == 1
     assert report.folios[4].failed == {(ScanResult.FAIL, "a filter guards it"): 50 * 32}
     assert report.folios[4].not_tried == 0
     assert not report.complete
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_thread_that_never_stops_is_not_waited_for_again_and_again() -> None:
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = [VFORK] * 1000
-    report = moved(space, orders="16K,64K")
-    tries = len(carry.PATIENCE) + 1
+    report = moved(space, orders="16K,64K", clock=FakeClock())
+    tries = len(PATIENCE) + 1
     assert len(space.batches) == tries
     assert report.folios[4].failed == {(ScanResult.FAIL, f"{VFORK} (tried {tries} times)"): 50 * 32}
 
@@ -282,7 +288,6 @@ class Stuck(MovingSpace):
         return outcomes
 
 
-@pytest.mark.usefixtures("patient")
 def test_only_the_blocks_that_were_refused_are_tried_again() -> None:
     space = pages_of((64, 448), cls=Stuck)
     report = moved(space, orders="64K")
@@ -304,17 +309,18 @@ class Failing(MovingSpace):
         return super().attempt_blocks(blocks, means, before)
 
 
-def test_an_error_in_the_middle_does_not_lose_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "FIRST_BATCH", 1)
-    space = pages_of(*[(16, 0)] * 32, cls=Failing)
-    report = moved(space, orders="64K")
+def test_an_error_in_the_middle_does_not_lose_the_report() -> None:
+    space = pages_of(*[(16, 0)] * 96, cls=Failing)
+    report = moved(space, orders="64K", clock=FakeClock())
     tally = report.folios[4]
-    assert tally.made == 1
-    assert tally.failed == {(ScanResult.FAIL, "the switch may not be written"): 2}
-    assert tally.not_tried == 29
-    assert accounted(tally) == 32
+    assert tally.made == FIRST_BATCH
+    [(cause, failed)] = tally.failed.items()
+    assert cause == (ScanResult.FAIL, "the switch may not be written")
+    assert 0 < failed == 96 - FIRST_BATCH - tally.not_tried
+    assert tally.not_tried > 0
+    assert accounted(tally) == 96
     assert report.error is Failing.error
-    nothing = pages_of(*[(16, 0)] * 32, cls=Failing)
+    nothing = pages_of(*[(16, 0)] * 96, cls=Failing)
     nothing.__dict__["left"] = 0
     with pytest.raises(NotPermittedError):
         moved(nothing, orders="64K")
@@ -339,36 +345,23 @@ def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -
             self.left -= counts
 
     space = pages_of(*[(16, 0), (8, 8)] * 16, cls=Dying)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carry, "FIRST_BATCH", 2)
-        try:
-            report = moved(space)
-        except TargetVanishedError:
-            assert not space.batches
-            return
+    try:
+        report = moved(space)
+    except TargetVanishedError:
+        assert not space.batches
+        return
     for tally in report.folios.values():
         assert accounted(tally) == tally.planned
     assert report.vanished == space.vanished
     assert not (report.vanished and report.complete)
 
 
-def test_a_rate_holds_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    now = [1000.0]
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
-
-    class Time:
-        monotonic = staticmethod(lambda: now[0])
-
-    Time.sleep = staticmethod(sleep)  # type: ignore[attr-defined]
-    monkeypatch.setattr(work, "time", Time)
-    report = moved(pages_of((512, 0), (256, 256), (256, 256)), mechanism="madvise,move", rate=1 << 20)
-    assert report.complete
+def test_a_rate_holds_for_both_parts() -> None:
+    clock = FakeClock()
+    space = pages_of((512, 0), (256, 256), (256, 256))
+    assert moved(space, mechanism="madvise,move", rate=1 << 20, clock=clock).complete
     # 2 MiB by the call, then 1 MiB twice: the second waits for 3 s in all.
-    assert sum(slept) == pytest.approx(3.0, abs=BYTES_BURST_SECONDS)
+    assert clock.slept == pytest.approx(3.0, abs=BYTES_BURST_SECONDS)
 
 
 def test_what_is_large_already_is_left() -> None:

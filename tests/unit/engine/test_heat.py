@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
 from mthp.abilities import heat_of
-from mthp.bounded import Bound
 from mthp.budget import Amount
 from mthp.engine.allowed import allowed_of
 from mthp.engine.collapse import collapse_space
@@ -22,7 +22,7 @@ from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError, UsageError
 from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest, parse_heat, parse_measured, worth
-from mthp.heatfile import read_heat
+from mthp.heatfile import HEAT_BYTES, HEAT_SPANS, read_heat
 from mthp.lab.compare import compare, settings_of
 from mthp.means import Means
 from mthp.ptes import Pte
@@ -148,18 +148,17 @@ def test_a_line_that_makes_no_sense_is_named(line: bytes, tmp_path: Path) -> Non
     assert caught.value.message.isprintable()
 
 
-def test_a_file_is_read_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_within_bounds(tmp_path: Path) -> None:
     path = tmp_path / "heat"
     with pytest.raises(UsageError, match="cannot be read"):
         read_heat(path)
     path.write_text("# nothing\n")
     with pytest.raises(UsageError, match="no heat in it"):
         read_heat(path)
-    path.write_text("0,1,1\n" * 3)
-    monkeypatch.setattr("mthp.heatfile.HEAT_SPANS", Bound(2, "spans of heat"))
-    with pytest.raises(UsageError, match="spans of heat: 3"):
+    path.write_text("0,1,1\n" * (HEAT_SPANS.most + 1))
+    with pytest.raises(UsageError, match=f"spans of heat: {HEAT_SPANS.most + 1:,}"):
         read_heat(path)
-    monkeypatch.setattr("mthp.heatfile.HEAT_BYTES", Bound(2, "bytes of heat"))
+    os.truncate(path, HEAT_BYTES.most + 1)
     with pytest.raises(UsageError, match="bytes of heat: more"):
         read_heat(path)
 

@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 import mthp
-from mthp.engine import plan as plan_module
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.results import ScanResult
@@ -94,12 +93,12 @@ def test_no_ranges_is_an_empty_plan() -> None:
 
 
 @pytest.mark.parametrize("policy", ["mainline", "per-order", "pmd-only", "rfc"])
-def test_blocks_make_no_difference(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_make_no_difference(policy: str) -> None:
     present = np.random.default_rng(1).random((23, 64)) < 0.97
     flags = np.arange(23) % 3 == 0
     whole = mthp.plan_ranges(present, policy=policy, uffd_armed=flags, pmd_mapped=~flags)
-    monkeypatch.setattr(plan_module, "BLOCK_PTES", 64 * 5)
     parts = mthp.plan_ranges(present, policy=policy, uffd_armed=flags, pmd_mapped=~flags)
+    parts.block_ptes = 64 * 5
     for name in ("orders", "scan_result", "copied", "filled"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name))
     for name in ("range", "offset", "order", "result"):

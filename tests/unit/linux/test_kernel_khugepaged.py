@@ -12,7 +12,6 @@ import pytest
 
 from mthp.errors import UnsupportedError
 from mthp.geometry import X86_64
-from mthp.linux import kernel_khugepaged
 from mthp.linux.kernel_khugepaged import LEFT, NOT_IN_TIME, NOT_KNOWN, KernelKhugepaged
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import PteColumns, Segment
@@ -86,15 +85,14 @@ class Journal:
 
 
 def _collapse(space: Space, journal: Journal, *, fill: bool = False) -> list[tuple[ScanResult, str]]:
-    khugepaged = KernelKhugepaged(space, journal)  # type: ignore[arg-type]
+    khugepaged = KernelKhugepaged(space, journal, seconds=0.1)  # type: ignore[arg-type]
     outcomes = khugepaged.collapse(BLOCKS, fill=fill)
     assert not journal.open
     return [(outcome.result, outcome.reason) for outcome in outcomes]
 
 
 @pytest.fixture
-def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
-    monkeypatch.setattr(kernel_khugepaged, "WINDOW_SECONDS", 0.1)
+def space(tmp_path: Path) -> Space:
     return Space(tmp_path)
 
 

@@ -25,14 +25,12 @@ class Folios:
 
 
 @pytest.mark.parametrize(("flags", "believed"), [(ANON, True), (ANON | abi.KPF_KSM, False)])
-def test_a_page_that_nobody_merged_tells(monkeypatch: pytest.MonkeyPatch, flags: int, believed: bool) -> None:
-    monkeypatch.setattr(columns, "own_frame", lambda: 77)
-    mask = int(columns._believed(cast("FolioReader", Folios(flags))))
+def test_a_page_that_nobody_merged_tells(flags: int, believed: bool) -> None:
+    mask = int(columns._believed(cast("FolioReader", Folios(flags)), lambda: 77))
     assert bool(mask & abi.KPF_KSM) == believed
     assert mask | abi.KPF_KSM == 2**64 - 1
 
 
-def test_without_frames_nothing_is_known_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "own_frame", lambda: 0)
-    assert int(columns._believed(cast("FolioReader", Folios(abi.KPF_KSM)))) == 2**64 - 1
+def test_without_frames_nothing_is_known_against_it() -> None:
+    assert int(columns._believed(cast("FolioReader", Folios(abi.KPF_KSM)), lambda: 0)) == 2**64 - 1
     assert int(columns._believed(None)) == 2**64 - 1

@@ -73,15 +73,10 @@ def test_a_folio_that_no_sample_shows_has_its_order(tmp_path: Path, at: int) -> 
 
 
 @pytest.mark.parametrize("wanted", [1, 40, 700, MEMORY])
-def test_threads_that_share_a_read_fill_in_every_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
-) -> None:
-    monkeypatch.setattr(framewords, "_FEWEST_WORDS_A_THREAD", 5)
-    monkeypatch.setattr(framewords, "_FEWEST_WORDS_A_CALL", 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
+def test_threads_that_share_a_read_fill_in_every_word(tmp_path: Path, wanted: int) -> None:
     truth = np.arange(MEMORY, dtype=np.uint64)
     truth.tofile(tmp_path / "kpagecount")
-    reader = framewords.FrameWords(str(tmp_path / "kpagecount"))
+    reader = framewords.FrameWords(str(tmp_path / "kpagecount"), threads=3, share=5, call=0)
     pfns = np.random.default_rng(wanted).permutation(MEMORY + 20).astype(np.uint64)[:wanted]
     beyond = np.uint64(abi.KPF_NOPAGE)
     assert reader.words(pfns).tolist() == np.where(pfns < MEMORY, pfns, beyond).tolist()

@@ -175,6 +175,7 @@ def test_the_scripts_of_the_package_may_run_twice_and_where_nothing_is_there(
     assert (tmp_path / "logs").exists() == logs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 def test_the_debian_package_has_the_program_its_unit_and_its_pages(tmp_path: Path) -> None:
     pytest.importorskip("click_man", reason="needs click-man (mthp[docs])")

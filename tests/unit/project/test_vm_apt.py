@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
 
-from vm import apt
 from vm.apt import Apt, LabError, Source, UnreachableError
 
 ANSWERS = """#!/bin/sh
@@ -21,11 +19,13 @@ lists=$(dirname "$APT_CONFIG")/lists
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where each call of the ``apt-get`` in the same directory leaves a line."""
-    monkeypatch.setattr(apt, "system_source", lambda: Source("file:/nonexistent", ""))
-    monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     return tmp_path / "calls"
+
+
+def apt_of(directory: Path) -> Apt:
+    return Apt("amd64", ["suite"], directory / "root", Source("file:/nonexistent", ""), pauses=(0, 0, 0))
 
 
 def script(calls: Path, text: str) -> None:
@@ -37,13 +37,13 @@ def script(calls: Path, text: str) -> None:
 def test_an_archive_that_does_not_answer_is_asked_once(calls: Path, tmp_path: Path) -> None:
     script(calls, "echo nobody answers >&2; exit 100")
     with pytest.raises(UnreachableError, match="nobody answers"):
-        Apt("amd64", ["suite"], tmp_path / "root").refresh()
+        apt_of(tmp_path).refresh()
     assert len(calls.read_text().split()) == 1
 
 
 def test_one_without_lists_is_asked_again(calls: Path, tmp_path: Path) -> None:
     script(calls, "touch $lists/suite_InRelease; [ $(wc -l <$CALLS) -lt 3 ] || touch $lists/suite_Packages.lz4")
-    machine = Apt("amd64", ["suite"], tmp_path / "root")
+    machine = apt_of(tmp_path)
     machine.refresh()
     machine.refresh()
     assert len(calls.read_text().split()) == 3
@@ -52,5 +52,5 @@ def test_one_without_lists_is_asked_again(calls: Path, tmp_path: Path) -> None:
 def test_and_given_up_in_the_end(calls: Path, tmp_path: Path) -> None:
     script(calls, "touch $lists/suite_InRelease; echo hash sum mismatch >&2; exit 100")
     with pytest.raises(LabError, match="no package lists can be had: hash sum mismatch"):
-        Apt("amd64", ["suite"], tmp_path / "root").refresh()
+        apt_of(tmp_path).refresh()
     assert len(calls.read_text().split()) == 3

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from vm import guest, matrix
 from vm.apt import LabError
-from vm.guest import Job, Outcome
+from vm.guest import Job, Outcome, boots_in_kvm
 from vm.kernels import PLATFORMS, Kernel
 from vm.matrix import LOST, Row, examine, saved, table
 from vm.smoke import COMMANDS
@@ -58,9 +57,9 @@ def outcomes(row: Row) -> list[str]:
     return [row.tests[name].outcome for name in TESTS if name in row.tests]
 
 
-def test_all_in_one_guest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "run", guests := Guests(99))
-    row = examine(KERNEL, FILES)
+def test_all_in_one_guest() -> None:
+    guests = Guests(99)
+    row = examine(KERNEL, FILES, boot=guests)
     assert outcomes(row) == ["passed"] * 4
     assert row.smoke == dict.fromkeys(COMMANDS, "ok")
     assert row.failures == []
@@ -68,10 +67,10 @@ def test_all_in_one_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert saved("7.3") is None
 
 
-def test_a_lost_guest_costs_the_test_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_guest_costs_the_test_it_was_at() -> None:
     # All commands, the first test, and the beginning of the second.
-    monkeypatch.setattr(matrix, "run", guests := Guests(len(COMMANDS) + 3, 99))
-    row = examine(KERNEL, FILES, keep=True)
+    guests = Guests(len(COMMANDS) + 3, 99)
+    row = examine(KERNEL, FILES, keep=True, boot=guests)
     assert outcomes(row) == ["passed", "failed", "passed", "passed"]
     assert row.tests[TESTS[1]].why.startswith(LOST)
     assert "the last words" in row.tests[TESTS[1]].why
@@ -83,15 +82,15 @@ def test_a_lost_guest_costs_the_test_it_was_at(monkeypatch: pytest.MonkeyPatch) 
     assert "3 ok, 1 FAILED" in text
 
 
-def test_a_guest_that_is_lost_between_tests_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "run", guests := Guests(len(COMMANDS) + 4, 99))
-    assert outcomes(examine(KERNEL, FILES)) == ["passed"] * 4
+def test_a_guest_that_is_lost_between_tests_costs_none() -> None:
+    guests = Guests(len(COMMANDS) + 4, 99)
+    assert outcomes(examine(KERNEL, FILES, boot=guests)) == ["passed"] * 4
     assert guests.done == [[], TESTS[:2]]
 
 
-def test_commands_that_were_not_come_to_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "run", Guests(2, 99))
-    row = examine(KERNEL, FILES)
+def test_commands_that_were_not_come_to_have_failed() -> None:
+    guests = Guests(2, 99)
+    row = examine(KERNEL, FILES, boot=guests)
     assert outcomes(row) == ["passed"] * 4
     first, second, *others = row.smoke.values()
     assert (first, second) == ("ok", "ok")
@@ -99,37 +98,31 @@ def test_commands_that_were_not_come_to_have_failed(monkeypatch: pytest.MonkeyPa
     assert len(row.failures) == len(others) > 0
 
 
-def test_guests_that_get_nowhere_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "run", guests := Guests(0, 0, 0, 0))
-    row = examine(KERNEL, FILES, smoke=False)
+def test_guests_that_get_nowhere_come_to_an_end() -> None:
+    guests = Guests(0, 0, 0, 0)
+    row = examine(KERNEL, FILES, smoke=False, boot=guests)
     assert len(guests.done) == 1
     assert row.failures == ["nothing came of it:\nthe last words"]
 
 
-def test_what_is_known_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "run", guests := Guests(99, 99))
-    row = examine(KERNEL, FILES)
-    examine(KERNEL, FILES, row=row, smoke=False)
+def test_what_is_known_is_not_run_again() -> None:
+    guests = Guests(99, 99)
+    row = examine(KERNEL, FILES, boot=guests)
+    examine(KERNEL, FILES, row=row, smoke=False, boot=guests)
     assert guests.done[1] == TESTS
 
 
-def test_a_probe_of_kvm_is_made_once_and_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_probe_of_kvm_is_made_once_and_believed() -> None:
     boots: list[Job] = []
 
     def run(_kernel: Kernel, job: Job) -> Outcome:
         boots.append(job)
         return Outcome(None, "KVM internal error", {}, 20.0, True)
 
-    monkeypatch.setattr(guest, "run", run)
-    monkeypatch.setattr("os.access", lambda *_: True)
-    monkeypatch.setattr("os.uname", lambda: type("Name", (), {"machine": "x86_64"}))
-    for _ in range(2):
-        guest.kvm_works.cache_clear()
-        assert not guest.kvm_works(KERNEL)
+    assert [boots_in_kvm(KERNEL, run) for _ in range(2)] == [False, False]
     assert len(boots) == 1
     assert boots[0].accelerator == "kvm"
     assert boots[0].seconds <= 30
-    guest.kvm_works.cache_clear()
 
 
 def test_a_program_that_lacks_is_asked_for_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,16 +232,16 @@ def test_a_process_with_nothing_mapped(file: Path) -> None:
     assert (columns.folio_order == ORDER_NONE).all()
 
 
-def test_many_row_groups(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mthp.snapshot.table.ROW_GROUP_RUNS", 100)
-    state = np.where(np.arange(16 * 512) % 3, PRESENT, 0).astype(np.uint16)
+def test_many_row_groups(file: Path) -> None:
+    ranges = 512
+    state = np.where(np.arange(ranges * 512) % 3, PRESENT, 0).astype(np.uint16)
     state[6 * 512 : 9 * 512] = 0
-    folio_order = np.where(state, np.arange(16 * 512) % 2, ORDER_NONE).astype(np.int8)
-    vma = Vma(HEAP, HEAP + 16 * PMD, "rw-p")
+    folio_order = np.where(state, np.arange(ranges * 512) % 2, ORDER_NONE).astype(np.int8)
+    vma = Vma(HEAP, HEAP + ranges * PMD, "rw-p")
     space = FakeSpace([(vma, state, folio_order)])
-    record(space, file, block_size=PMD)
+    record(space, file, block_size=16 * PMD)
     with contextlib.closing(run_reader(file)) as reader:
-        assert reader.row_groups > 8
+        assert reader.row_groups > 2
     segments = [(HEAP + 5 * PMD, HEAP + 10 * PMD), (HEAP, HEAP + PAGE), (HEAP, vma.end)]
     with load(file) as snapshot:
         columns = snapshot.read(segments)
@@ -326,8 +326,7 @@ class TestOutput:
             with pytest.raises(UsageError):
                 record(process(), path)
 
-    def test_a_full_disk(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mthp.snapshot.table.ROW_GROUP_RUNS", 1000)
+    def test_a_full_disk(self, file: Path) -> None:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
         try:

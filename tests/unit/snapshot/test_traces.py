@@ -131,12 +131,12 @@ def test_a_page_is_mapped_from_its_first_use_and_idle_when_it_is_not_used(tmp_pa
     assert idle.tolist() == [True] * 4 + [False]
 
 
-def test_long_traces_make_several_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mthp.snapshot.traces.ACCESSES_A_STEP", 100)
-    lines = "".join(f" L {0x10000000 + at * 4096:08x},8\n" for at in range(250))
-    done = made(tmp_path, lines)
-    assert (done.steps, done.accesses, done.pages) == (3, 250, 250)
-    assert [len(step) for step in uses(tmp_path)] == [100, 100, 50]
+def test_long_traces_make_several_steps(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text("".join(f" L {0x10000000 + at * 4096:08x},8\n" for at in range(250)))
+    steps = list(Trace(path, None, 4096, at_most=100).steps())
+    assert [len(step.pages) for step in steps] == [100, 100, 50]
+    assert [step.accesses for step in steps] == [100, 100, 50]
 
 
 @pytest.mark.parametrize(

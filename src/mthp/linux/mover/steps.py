@@ -42,7 +42,12 @@ class Step(enum.IntEnum):
 Observer = Callable[[Step], None]
 
 observer: Observer | None = None
-"""Called after every step, in the tracing thread and inside the window, so it should be quick."""
+
+
+def observe(by: Observer | None) -> None:
+    """Call `by` after every step, in the tracing thread and inside the window, so it should be quick; None ends it."""
+    global observer  # noqa: PLW0603
+    observer = by
 
 
 def report(step: Step) -> None:

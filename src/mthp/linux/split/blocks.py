@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,18 +49,25 @@ class SplitBlocks(Closing):
         space: address space of the process.
         ability: the kernel's ability to split; found by trials if None.
         file: the file to split by; the system's if None.
+        clock: the time, in seconds.
 
     Raises:
         NotPermittedError, UnsupportedError: folios cannot be split here.
         TargetVanishedError: the process is gone.
     """
 
-    def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
+    def __init__(
+        self,
+        space: ProcessSpace,
+        ability: SplitAbility | None = None,
+        file: SplitFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._space, self._geometry, self._madvise = space, space.geometry, Madvise(space)
         ability = split_ability(self._geometry) if ability is None else ability
         # Before anything is opened: a kernel that cannot split would leave every range as one filled PMD folio.
         ability.require_split()
-        self._mappings = _Mappings(space)
+        self._mappings = _Mappings(space, clock)
         self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
         self._divider = divider_of(space, opened() if file is None else file, ability)
         self._calls_ns: list[int] = []
@@ -240,8 +247,8 @@ def moved_folios(
 class _Mappings:
     """The mappings of the target, listed again from time to time."""
 
-    def __init__(self, space: ProcessSpace) -> None:
-        self._space = space
+    def __init__(self, space: ProcessSpace, clock: Callable[[], float]) -> None:
+        self._space, self._clock = space, clock
         self._until = 0.0
         self._vmas: list[Vma] = []
 
@@ -253,7 +260,7 @@ class _Mappings:
         """
         # An old listing does no harm: the kernel checks the mapping itself (hugepage_vma_revalidate(),
         # mm/khugepaged.c), and memory that was locked since keeps its fill, which is reported.
-        is_old = time.monotonic() < self._until
+        is_old = self._clock() < self._until
         if not is_old:
             self._list()
         vma, refusal = self._look(start)
@@ -264,11 +271,11 @@ class _Mappings:
         return vma, refusal
 
     def _list(self) -> None:
-        begin = time.monotonic()
+        begin = self._clock()
         self._vmas = self._space.vmas()
         self._thp_disabled = self._space.thp_disabled
         self._starts = np.array([vma.start for vma in self._vmas], np.uint64)
-        now = time.monotonic()
+        now = self._clock()
         self._until = now + max(RENEW_SECONDS, LISTING_FACTOR * (now - begin))
 
     def _look(self, start: int) -> tuple[Vma | None, Refusal | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,7 @@ class FolioDivider(Closing):
         folios: reader of kpageflags.
         file: the file to split by; None if there is only MADV_COLD.
         offset: whether the kernel can split around a page, see :class:`~mthp.linux.split.file.SplitAbility`.
+        sleep: lets some seconds pass between two tries.
 
     Attributes:
         calls_ns: duration of each write, and of each advice, in nanoseconds.
@@ -73,7 +75,9 @@ class FolioDivider(Closing):
         file: SplitFile | None,
         *,
         offset: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._sleep = sleep
         self._process, self._geometry, self._pagemap, self._folios = process, geometry, pagemap, folios
         self._file, self._offset = file, offset
         self.calls_ns: list[int] = []
@@ -124,7 +128,7 @@ class FolioDivider(Closing):
     def _split(self, folio: LargeFolio, part: Part, step: Step) -> bool:
         """Carry out a step on `part` of `folio`; return whether it succeeded, or the part is not mapped any more."""
         for pause in PAUSES:
-            time.sleep(pause)
+            self._sleep(pause)
             page = self._mapped(folio, part)
             if page is None:
                 # The target unmapped it meanwhile, or it was swapped out, or copied to another folio.
@@ -148,7 +152,7 @@ class FolioDivider(Closing):
             TargetVanishedError: the process is gone.
         """
         for pause in BACK_OFF:
-            time.sleep(pause)
+            self._sleep(pause)
             page = self._mapped(folio, part)
             if page is None:
                 return True

@@ -43,8 +43,8 @@ class SplitFile(Closing):
         OSError: it cannot be opened.
     """
 
-    def __init__(self) -> None:
-        self._fd = os.open(SPLIT_FILE, os.O_WRONLY | os.O_CLOEXEC)
+    def __init__(self, path: Path = SPLIT_FILE) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def split(self, pid: int, address: int, page_size: int, order: int, at: int | None = None) -> int:
         """Split the folio of the page at `address` to `order`; success does not prove that it was split.
@@ -69,16 +69,16 @@ class SplitFile(Closing):
         self._fd = -1
 
 
-def opened() -> SplitFile:
+def opened(path: Path = SPLIT_FILE) -> SplitFile:
     """Return the system's file, open.
 
     Raises:
         NotPermittedError: it cannot be opened any more.
     """
     try:
-        return SplitFile()
+        return SplitFile(path)
     except OSError as error:
-        reason, remedy = why_closed(error.errno or 0, mounted=_is_mounted())
+        reason, remedy = why_closed(error.errno or 0, mounted=_is_mounted(path))
         raise NotPermittedError(f"folios cannot be split in place: {reason}", help=remedy) from error
 
 
@@ -184,10 +184,10 @@ def probe_split(geometry: Geometry) -> SplitAbility:
             file.close()
 
 
-def _is_mounted() -> bool:
+def _is_mounted(path: Path = SPLIT_FILE) -> bool:
     """Return whether debugfs has any entry at its usual place."""
     try:
-        return any(SPLIT_FILE.parent.iterdir())
+        return any(path.parent.iterdir())
     except OSError:
         return False
 

@@ -167,11 +167,10 @@ def test_what_may_not_be_touched_is_not_collapsed(space: Space, divider: Divider
 
 
 def test_mappings_are_listed_again_before_anything_is_refused_for_an_old_listing(
-    space: Space, divider: Divider, monkeypatch: pytest.MonkeyPatch
+    space: Space, divider: Divider
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("mthp.linux.split.blocks.time.monotonic", lambda: now[0])
-    blocks = SplitBlocks(cast(Any, space), ALL, cast(Any, object()))
+    blocks = SplitBlocks(cast(Any, space), ALL, cast(Any, object()), lambda: now[0])
     space.flags = frozenset({"nh"})
     assert [each.result for each in blocks.collapse(BLOCKS[:1], Means("split"))] == [ScanResult.VMA_CHECK]
     space.flags = frozenset()

@@ -42,6 +42,7 @@ class Machine:
     alive: bool = True
     writes: list[tuple[int, int, int | None]] = field(default_factory=list)
     cooled: list[int] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
     pid: int = PID
 
     def __post_init__(self) -> None:
@@ -56,7 +57,8 @@ class Machine:
     def divider(self, *, file: bool = True, offset: bool | None = None) -> FolioDivider:
         knows = self.knows_offset if offset is None else offset
         me = cast(Any, self)
-        return FolioDivider(me, self.geometry, me, cast(Any, Frames(self)), me if file else None, offset=knows)
+        frames, sleep = cast(Any, Frames(self)), self.pauses.append
+        return FolioDivider(me, self.geometry, me, frames, me if file else None, offset=knows, sleep=sleep)
 
     # The process.
 
@@ -131,13 +133,6 @@ class Frames:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-@pytest.fixture(autouse=True)
-def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    pauses: list[float] = []
-    monkeypatch.setattr("mthp.linux.split.divide.time.sleep", pauses.append)
-    return pauses
 
 
 def layout_of(*orders: int, geometry: Geometry = X86_64) -> NDArray[np.int8]:
@@ -246,11 +241,11 @@ def test_no_page_comes_to_a_smaller_folio_than_planned_whatever_is_refused(share
         assert not (larger & ~inside).any()
 
 
-def test_a_split_is_tried_again_after_growing_pauses_and_then_given_up(paused: list[float]) -> None:
+def test_a_split_is_tried_again_after_growing_pauses_and_then_given_up() -> None:
     machine = Machine(skips=lambda number: True)
     assert machine.divider().divide(machine.folio, layout_of(8)) == [Part(0, 9)]
     assert machine.writes == [(0, 8, None)] * len(PAUSES)
-    assert paused == list(PAUSES)
+    assert machine.pauses == list(PAUSES)
 
 
 def test_an_error_of_the_file_ends_the_tries() -> None:

@@ -8,35 +8,30 @@ from pathlib import Path
 import pytest
 
 from mthp.errors import NotPermittedError
-from mthp.linux.split import file as splitfile
+from mthp.linux.split.file import SplitFile, opened
+
+NAME = "split_huge_pages"
 
 
-@pytest.fixture
-def debugfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory in place of debugfs's."""
-    monkeypatch.setattr(splitfile, "SPLIT_FILE", tmp_path / "split_huge_pages")
-    return tmp_path
-
-
-def test_where_debugfs_was_unmounted_since_the_trial_it_says_how_to_mount_it(debugfs: Path) -> None:
+def test_where_debugfs_was_unmounted_since_the_trial_it_says_how_to_mount_it(tmp_path: Path) -> None:
     with pytest.raises(NotPermittedError) as raised:
-        splitfile.opened()
+        opened(tmp_path / NAME)
     assert "not mounted" in raised.value.message
     assert "mount -t debugfs" in raised.value.help
 
 
-def test_a_mounted_debugfs_without_the_file_is_the_kernels(debugfs: Path) -> None:
-    (debugfs / "other").touch()
+def test_a_mounted_debugfs_without_the_file_is_the_kernels(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
     with pytest.raises(NotPermittedError) as raised:
-        splitfile.opened()
+        opened(tmp_path / NAME)
     assert "CONFIG_DEBUG_FS" in raised.value.help
 
 
-def test_what_the_file_answers_is_returned(debugfs: Path) -> None:
+def test_what_the_file_answers_is_returned(tmp_path: Path) -> None:
     """A file that takes nothing any more, as after a lockdown."""
-    splitfile.SPLIT_FILE.touch()
-    with splitfile.SplitFile() as file:
+    (tmp_path / NAME).touch()
+    with SplitFile(tmp_path / NAME) as file:
         assert file.split(os.getpid(), 0, 4096, 2) == 0
-        assert splitfile.SPLIT_FILE.read_text() == f"{os.getpid()},0x0,0x1000,2"
+        assert (tmp_path / NAME).read_text() == f"{os.getpid()},0x0,0x1000,2"
         assert file.split(os.getpid(), 0, 4096, 2, at=7) == 0
-        assert splitfile.SPLIT_FILE.read_text().endswith("2,7")
+        assert (tmp_path / NAME).read_text().endswith("2,7")
