@@ -7,7 +7,9 @@ library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import json
 import os
 import re
@@ -41,6 +43,16 @@ def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> s
     done = subprocess.run(command, **(given | options), text=True, check=False, timeout=2 * PATIENCE)
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
+
+
+def mthp_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, for refusals: most of their time would be the start of another."""
+    from mthp.cli import main  # an actor has this module without site-packages
+
+    command = [str(argument) for argument in arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def mthp_json(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:

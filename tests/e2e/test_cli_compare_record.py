@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json, unused_pid
+from e2e.helpers import mthp, mthp_here, mthp_json, unused_pid
 
 pytest.importorskip("pyarrow")
 
@@ -37,6 +37,7 @@ def test_compare_of_a_live_process_has_a_verdict() -> None:
     assert answer["metrics"]["bloat_bytes"]["unit"] == "bytes"
 
 
+@pytest.mark.slow
 def test_compare_of_a_recording_at_its_steps(recording: Path) -> None:
     first = mthp("compare", recording, "--at", "0", "--policies", "mainline")
     assert first.returncode == 0, first.stderr
@@ -85,15 +86,15 @@ def test_a_recording_that_was_cut_off_says_so(recording: Path, tmp_path: Path) -
 )
 def test_bad_input_has_clear_words(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
     (tmp_path / "text").write_text("nothing of that kind\n")
-    done = mthp(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    done = mthp_here(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert not (tmp_path / "r").exists()
 
 
 def test_a_process_that_is_not_there(tmp_path: Path) -> None:
-    assert mthp("record", unused_pid(), "-o", tmp_path / "r").returncode == 4
-    assert mthp("compare", unused_pid()).returncode == 4
+    assert mthp_here("record", unused_pid(), "-o", tmp_path / "r").returncode == 4
+    assert mthp_here("compare", unused_pid()).returncode == 4
 
 
 def test_a_recording_is_not_replaced_unasked(recording: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json
+from e2e.helpers import mthp, mthp_here, mthp_json
 from golden.loader import HERE
 
 FILE = HERE / "linux-7.2.13-ppc64-64k-anon.jsonl.gz"
@@ -46,7 +46,7 @@ def test_files_that_are_no_cases(tmp_path: Path, name: str) -> None:
     (tmp_path / "text").write_text("no JSON\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(FILE.read_bytes()[:3000])
     (tmp_path / "other.jsonl").write_text('{"id": "x"}\n')
-    done = mthp("conformance", "replay", tmp_path / name)
+    done = mthp_here("conformance", "replay", tmp_path / name)
     assert done.returncode == 2
     assert name in done.stderr
     assert not done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import Actor, mthp, mthp_json, unused_pid
+from e2e.helpers import Actor, mthp, mthp_here, mthp_json, unused_pid
 from mthp.snapshot import record
 from report_spaces import redis_like
 
@@ -41,6 +41,7 @@ def test_a_snapshot_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
     assert "max_ptes_none 64" in text
 
 
+@pytest.mark.slow
 def test_a_comparison_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
     result, out = tmp_path / "compare.json", tmp_path / "out.html"
     done = mthp("compare", snapshot, "--max-ptes-none", "64,511", "--scans", "all", "--json")
@@ -120,7 +121,7 @@ def test_errors_say_what_is_wrong_and_leave_nothing(
     text = tmp_path / "text.parquet"
     text.write_text("no parquet")
     values = {"out": tmp_path / "out.html", "snapshot": snapshot, "dir": tmp_path, "text": text, "pid": unused_pid()}
-    done = mthp(*(word.format(**values) for word in arguments))
+    done = mthp_here(*(word.format(**values) for word in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert list(tmp_path.iterdir()) == [text]

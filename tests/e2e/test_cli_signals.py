@@ -83,6 +83,7 @@ def test_the_exit_code_is_that_of_a_shell(command: str, number: signal.Signals, 
     assert ended(process) == 128 + number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ENDING)
 def test_a_recording_is_whole(number: signal.Signals, tmp_path: Path) -> None:
     process = started(*arguments_of("record", tmp_path))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json
+from e2e.helpers import mthp, mthp_here, mthp_json
 
 SCENARIO = """
 duration = "3s"
@@ -62,12 +62,12 @@ def test_as_json_it_is_the_same_every_time(scenario: Path) -> None:
 def test_a_scenario_that_cannot_be_is_refused(scenario: Path, change: tuple[str, str], words: str) -> None:
     text = SCENARIO.replace(*change)
     scenario.write_text(text.replace("4M", "14M") if change[1] == "16M" else text)
-    done = mthp("simulate", scenario)
+    done = mthp_here("simulate", scenario)
     assert done.returncode == 2
     assert words in done.stderr
 
 
 def test_unknown_policies_and_missing_files_are_refused(scenario: Path, tmp_path: Path) -> None:
-    assert mthp("simulate", scenario, "--policies", "best").returncode == 2
-    assert mthp("simulate", tmp_path / "nowhere.toml").returncode == 2
-    assert mthp("simulate", scenario, "--seed", "-1").returncode == 2
+    assert mthp_here("simulate", scenario, "--policies", "best").returncode == 2
+    assert mthp_here("simulate", tmp_path / "nowhere.toml").returncode == 2
+    assert mthp_here("simulate", scenario, "--seed", "-1").returncode == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json
+from e2e.helpers import mthp, mthp_here, mthp_json
 from waiting import PATIENCE, until
 
 pytest.importorskip("pyarrow")
@@ -57,6 +57,7 @@ def cluster(directory: Path, workers: int = 2) -> Iterator[tuple[str, subprocess
         yield json.loads(file.read_text())["address"], started
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_workers_gives_the_local_bytes(inputs: Path, tmp_path: Path) -> None:
     local = mthp_json("sweep", inputs / "in", "--grid", inputs / "grid.toml", "-o", tmp_path / "local", "--jobs", 2)
     assert (local["done"], local["settings"], local["failed"]) == (6, 6, {})
@@ -78,6 +79,7 @@ with distributed.Client(sys.argv[1]) as client:
 """Waits until a scheduler has tasks."""
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away_is_told_and_what_is_done_is_kept(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     places = [str(inputs / "in"), "--grid", str(inputs / "grid.toml"), "-o", str(out)]
@@ -138,6 +140,6 @@ def test_bad_input_has_clear_words(inputs: Path, tmp_path: Path, arguments: list
     places = {"{tmp}": str(tmp_path), "{in}": str(inputs / "in"), "{grid}": str(inputs / "grid.toml")}
     for mark, place in places.items():
         arguments = [argument.replace(mark, place) for argument in arguments]
-    done = mthp("sweep", *arguments)
+    done = mthp_here("sweep", *arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

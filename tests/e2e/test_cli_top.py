@@ -22,6 +22,7 @@ def test_without_a_terminal_it_says_what_to_use_instead() -> None:
     assert "mthp inspect" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"), [([], 0), (["self"], 0), (["--policy", "best"], 2), (["--cpu", "0"], 2)]
 )

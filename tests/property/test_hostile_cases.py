@@ -59,6 +59,7 @@ def test_bytes_of_cases(tmp_path: Path, data: st.DataObject) -> None:
 BOMBS = {"line": b" " * (64 << 20), "lines": b"\n" * (4 << 20), "deep": LINES[0] + b"\n" + b"[" * 5000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_a_file_that_inflates(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "cases.jsonl.gz"

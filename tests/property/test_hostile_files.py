@@ -292,6 +292,7 @@ def test_a_column_that_inflates_to_more_than_its_rows(recording: Path, tmp_path:
     bomb(path, "inspect", path)
 
 
+@pytest.mark.slow
 def test_accesses_that_inflate(recording: Path, tmp_path: Path) -> None:
     path = tmp_path / "accesses"
     text = packed_pages(np.zeros(1 << 26, np.int64))
@@ -307,6 +308,7 @@ def test_a_trace_that_wants_128_gib(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_description_of_many_values(snapshot: Path, tmp_path: Path) -> None:
     path = tmp_path / "values"
     text = "[" + "[]," * (8 << 20) + "[]]"

@@ -129,6 +129,7 @@ def test_a_snapshot_that_is_cut_short_or_altered_anywhere_is_refused(tmp_path: P
             open_file(tmp_path / "flipped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "evil",
     [

@@ -140,6 +140,7 @@ def test_what_is_told_beside_a_simulation(inputs: Path, tmp_path: Path, data: st
     reported(tmp_path / "altered", tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_a_text_that_every_row_repeats(inputs: Path, tmp_path: Path) -> None:
     path = tmp_path / "sweep"
     table = pq.read_table(inputs / "sweep")
@@ -151,6 +152,7 @@ def test_a_text_that_every_row_repeats(inputs: Path, tmp_path: Path) -> None:
     assert "bytes of text" in bomb(path, "report", path, "-o", tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_many_rows(inputs: Path, tmp_path: Path) -> None:
     path = tmp_path / "sweep"
     table = pq.read_table(inputs / "sweep").slice(0, 1)

@@ -18,6 +18,7 @@ pytest.importorskip("pyarrow")
 SMALL = '[machine]\nmemory = "64M"\n[[process]]\nworkload = "service"\ncore = "2M"\nburst = "2M"\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "[tunables]\nscan_sleep_millisecs = 0\n"], ids=["days", "busy"])
 def test_a_long_simulation_says_so_and_ends_on_ctrl_c(tmp_path: Path, extra: str) -> None:
     path, output = tmp_path / "long.toml", tmp_path / "rows"
@@ -50,6 +51,7 @@ def test_the_forecast_is_one_line_and_only_of_what_is_long(
     assert [about(seconds) for seconds in (40, 121, 7300, 400_000)] == ["40 s", "2 min", "2 h", "5 days"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -81,6 +83,7 @@ def test_a_scenario_that_is_too_large_is_refused(tmp_path: Path, text: str, word
     assert word in bomb(path, "simulate", path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a = " + "[" * 2000 + "]" * 2000, "a." * 2000 + "a = 1", "x = " + "9" * 5000])
 def test_rules_and_grids_that_are_made_to_hurt(tmp_path: Path, text: str) -> None:
     path = tmp_path / "hurts.toml"

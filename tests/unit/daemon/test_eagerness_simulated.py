@@ -163,6 +163,7 @@ def stage(request: pytest.FixtureRequest) -> Stage:
     return stage
 
 
+@pytest.mark.slow
 def test_it_does_not_swing_and_settles_within_a_minute(stage: Stage) -> None:
     for begin in range(0, 3 * PHASE, PHASE):
         phase = stage.levels[begin : begin + PHASE]

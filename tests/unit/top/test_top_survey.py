@@ -223,6 +223,7 @@ def test_the_cheap_looks_read_what_the_kernel_wrote(tmp_path: Path) -> None:
         second_look(Row(99, "x", 1, 1), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_mappings_share_the_plan_among_them() -> None:
     space, options = redis_like(), PlanOptions(max_ptes_none=64)
     rows = mappings(space, options)
