@@ -156,7 +156,7 @@ def configuration_files(path: Path) -> list[Path]:
     """Return the files of the configuration at `path`.
 
     A file is all of it. A directory has `mthp.toml`, and the files of `conf.d` that end with .toml, in the order of
-    their names. Hidden files are left out, because editors write them.
+    their names.
 
     Raises:
         UsageError: the directory has no such file, or cannot be read.
@@ -169,6 +169,7 @@ def configuration_files(path: Path) -> list[Path]:
         main = [path / MAIN] if (path / MAIN).exists() else []
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", help="run as root") from error
+    # Without hidden files, which editors write.
     found = main + [file for file in found if file.suffix == ".toml" and not file.name.startswith(".")]
     if not found:
         raise UsageError(f"{path} has neither {MAIN} nor conf.d/*.toml", help=_MAKE_ONE.format(path / MAIN))
@@ -234,6 +235,7 @@ def _configuration(documents: Sequence[Document], geometry: Geometry, name: str)
     sizes: dict[int, str] = {}
     enabled: str | None = None
     for document in documents:
+        # No key stands outside of the tables.
         document.values((), {}, beside=(*_TABLES, "rule"))
         defaults |= document.values(("defaults",), readers_of(Settings))
         own |= document.values(("daemon",), readers_of(Own))
@@ -243,6 +245,7 @@ def _configuration(documents: Sequence[Document], geometry: Geometry, name: str)
     _refuse_doubles(documents, geometry)
     settings = Settings(**defaults)
     rules = [_rule(document, place, settings) for document in documents for place in document.tables("rule")]
+    # Only now, so that all errors of a file are reported together.
     for document in documents:
         document.check()
     with named(name):
@@ -274,6 +277,7 @@ def _rule(document: Document, place: Place, defaults: Settings) -> Rule:
     keys: dict[str, tuple[str, Reader | str]] = {
         "name": ("name", text),
         "deny": ("deny", flag),
+        # Only whether it is set; it is read as a table below.
         "match": ("match", lambda value: value),
     }
     found = document.values(place, keys | readers_of(Settings))
@@ -302,7 +306,9 @@ def parse_endpoint(value: object) -> tuple[str, int]:
         UsageError: not a port, or not a valid one.
     """
     written = text(value)
+    # The last colon, because an IPv6 address has others.
     host, separator, port = written.strip().rpartition(":")
+    # A host alone.
     if not separator and not port.isdecimal():
         host, port = port, str(METRICS_PORT)
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:

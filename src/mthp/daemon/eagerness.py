@@ -10,12 +10,8 @@ rule is the maximum; the current *level* is below it while memory is short:
 Bloat is bounded by the same number: filling may add at most the share of the resident memory that may be empty in a PMD
 range.
 
-A level bounds the *smallest* order, because small folios save the fewest TLB entries for the bytes that they cost to
-copy, and the pace of a low level is small. No level bounds the *largest*, because a folio of a full run adds no memory,
-whatever its order: such a bound lowers coverage and saves nothing (tests/unit/daemon/test_eagerness_simulated.py).
-
-The level falls at once and rises slowly. A dead band keeps small changes of the measurement from moving it at all. The
-wanted level never grows with pressure, so after a step of pressure the level moves in one direction and stops.
+A dead band keeps small changes of the measurement from moving the level at all. The wanted level never grows with
+pressure, so after a step of pressure the level moves in one direction and stops.
 
 :func:`next_level` and :func:`settings_at` are pure: no clock, no file. :class:`Level` has the current level of one
 target, and the settings of its rule at that level.
@@ -94,6 +90,9 @@ def settings_at(level: float) -> LevelSettings:
     makes = level >= 1.0
     # Cubed, because the first holes add most of the coverage, and the last ones most of the bloat.
     fill = (level / MOST) ** 3 if makes else 0.0
+    # Small folios save the fewest TLB entries for the bytes that they cost to copy, and the pace of a low level is
+    # small. The largest order has no bound, because a folio of a full run adds no memory, whatever its order: a bound
+    # would lower coverage and save nothing (tests/unit/daemon/test_eagerness_simulated.py).
     smallest = next(order for least, order in SMALLEST if level >= least)
     rate = None if level >= MOST else int(FIRST_BYTES_PER_SECOND * 2 ** max(level - 1.0, 0.0))
     # A collapse fills at most half of the share from which a folio is trimmed, so nothing is trimmed above level 7.
@@ -125,6 +124,7 @@ def next_level(level: float, eagerness: float, measured: Measured, seconds: floa
     # Slowly, because avg10 covers 10 seconds: otherwise the level would be back before the effect of its last fall is
     # visible, and would swing.
     # The band narrows towards the rule's number, so that the level never jumps, however late the measurement recovers.
+    # An eagerness of 0 has returned above, because 0 is all that it wants.
     rises_to = wanted - DEAD_BAND * (1 - wanted / eagerness)
     return min(max(level, rises_to), level + RISE_PER_SECOND * seconds)
 
@@ -170,6 +170,7 @@ class Level:
             return False
         found = measure()
         level = next_level(self.value, self._rule.eagerness, found, now - self._at)
+        # Not by the level, which is also low while it rises.
         self.gives_back = not settings_at(wanted_level(self._rule.eagerness, found)).makes
         self._at = now
         was = self.settings, self.makes
@@ -186,6 +187,7 @@ class Level:
             self._rule,
             max_ptes_none=int(at.fill * (self._geometry.ptes_per_pmd - 1)),
             max_bloat=None if at.fill >= 1 else fill,
+            # None is no bound, so the lower of those that there are.
             rate=min(filter(None, (self._rule.rate, at.bytes_per_second)), default=None),
             trim=at.trim,
         )

@@ -81,6 +81,7 @@ class Looks:
 
 def on_grid(at: float, interval: float) -> float:
     """Return `at`, or a little later, so that many idle targets wake the daemon together."""
+    # Rounded up. Short intervals stay as they are, because the grid would lengthen them several times.
     return -(-at // WAKE_GRID) * WAKE_GRID if interval >= FIRST_LOOK else at
 
 
@@ -132,6 +133,7 @@ class Environment:
 
     def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism | None]:
         """Return the mechanism for each order by `means`, cached because it depends on the machine alone."""
+        # khugepaged cannot keep a rate (mechanism_of()).
         key = means.mechanism, means.rate is None
         if key not in self._mechanisms:
             orders = self.geometry.anon_orders
@@ -150,7 +152,7 @@ class Environment:
 
     @property
     def scan_sleep(self) -> float:
-        """Return the seconds between two looks by scan_sleep_millisecs, at least `SHORTEST_LOOK`."""
+        """The seconds between two looks by scan_sleep_millisecs, at least `SHORTEST_LOOK`."""
         return max(self.tunables.scan_sleep_millisecs / 1000, SHORTEST_LOOK)
 
     def ranges_within(self, rate: int | None, most: int) -> int:
@@ -162,5 +164,7 @@ class Environment:
         """
         rates = [each for each in (rate, self.configuration.bytes_per_second) if each]
         if self.configuration.pace == "kernel":
+            # Ten times, because a piece is a tenth: what khugepaged scans between two rests.
             rates.append(self.tunables.pages_to_scan * self.geometry.page_size * 10)
+        # A tenth of a second's bytes.
         return max(1, min([most, *(each // 10 // self.geometry.pmd_size for each in rates)]))

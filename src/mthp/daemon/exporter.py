@@ -3,10 +3,7 @@
 The client's objects are made from the daemon's own counters when the page is read, so nothing is counted twice and a
 page that is not read costs nothing.
 
-The server of the page limits the number and the time of connections. A connection has a thread, as in wsgiref, which
-the client uses. There a client that connects and sends nothing holds its thread forever. Here a connection ends after
-:data:`CONNECTION_SECONDS`, and when all places are taken the oldest is closed, because an honest one takes
-milliseconds.
+The server of the page limits the number and the time of connections.
 """
 
 from __future__ import annotations
@@ -69,6 +66,7 @@ class MetricsServer:
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def _serve(self, worker: Worker) -> None:
+        # Readers of the page cause this work, so it must not use up the budget of the worker.
         worker.cpu.leave_out()
         self._server.serve_forever()
 
@@ -137,6 +135,7 @@ class DaemonCollector(Collector):
             ("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used()),
         ):
             yield GaugeMetricFamily(name, meaning, value)
+        # Before the first pass there is no time to show.
         if environment.pass_at:
             yield GaugeMetricFamily("mthp_last_pass_timestamp_seconds", "When a pass last ended.", environment.pass_at)
         meaning = "Share of the machine's anonymous memory that lies in PMD folios or could."
@@ -155,6 +154,7 @@ class DaemonCollector(Collector):
             yield _counters(
                 name, meaning, labels, {(one.rule, one.service): getattr(one, attribute) for one in services}
             )
+        # Also services without a process now, so that their series do not end.
         nothing = dict.fromkeys(((one.rule, one.service) for one in services), 0)
         count, resident, huge, outside = (Counter(nothing) for _ in range(4))
         for target in self._targets:
@@ -223,6 +223,7 @@ def _histogram(name: str, help: str, pauses: Pauses) -> Metric:
     bounds = [*(str(bound) for bound in PAUSE_BUCKETS), "+Inf"]
     total, buckets = 0, []
     for bound, count in zip(bounds, pauses.buckets, strict=True):
+        # Buckets of Prometheus are cumulative.
         total += count
         buckets.append((bound, float(total)))
     return HistogramMetricFamily(name, help, buckets=buckets, sum_value=pauses.total_ns / 1e9)
@@ -239,6 +240,7 @@ _ROOM_SECONDS = 1.0
 
 
 class _Handler(WSGIRequestHandler):
+    # In wsgiref, which the client uses, a client that connects and sends nothing holds its thread forever.
     timeout = CONNECTION_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -282,6 +284,7 @@ class BoundedServer(WSGIServer):
         """Start a thread for a connection, if necessary in place of the oldest connection."""
         if not self._places.acquire(blocking=False):
             with self._turn:
+                # The oldest, because an honest connection takes milliseconds.
                 _shut(next(iter(self._open), None))
             if not self._places.acquire(timeout=_ROOM_SECONDS):
                 request.close()
@@ -309,6 +312,7 @@ class BoundedServer(WSGIServer):
         with self._turn:
             counted = self._open.pop(request, None)
             request.close()
+        # After an error socketserver closes a connection that may be closed, or never had a place.
         if counted is not None:
             self._places.release()
 

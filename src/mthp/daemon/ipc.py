@@ -82,8 +82,10 @@ class ControlSocket:
         if not client.serve(events):
             self._drop(client)
             return
+        # To the end of the order.
         self._clients.pop(client)
         self._clients[client] = None
+        # A client that does not read its answer is not read from either.
         wanted = selectors.EVENT_WRITE if client.unread else selectors.EVENT_READ
         self._selector.modify(client.socket, wanted, lambda events: self._serve(client, events))
 
@@ -181,6 +183,7 @@ def _clear(path: Path) -> None:
         try:
             sock.connect(str(path))
         except OSError as error:
+            # Refused: nothing listens, so the socket is that of a killed daemon.
             if error.errno != errno.ECONNREFUSED:
                 raise
             path.unlink()
@@ -283,6 +286,7 @@ class DaemonLock:
                 f"another mthp daemon is running{f': process {holder}' if holder else ''}",
                 help="`mthp status` asks it; end it first (systemctl stop mthp, or SIGTERM)",
             ) from None
+        # Only with the lock: until then the text is that of the holder.
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 

@@ -1,7 +1,5 @@
 """The machine's switches and tunables: read before every piece of work, parsed when they changed.
 
-Reading an open file of sysfs again takes about a microsecond.
-
 One tunable may be set, too: :class:`Keeping` keeps max_ptes_none of the kernel's khugepaged at a number while the
 daemon runs, and puts it back. At its default khugepaged makes huge folios of the small ones that the daemon makes
 (:mod:`mthp.engine.lasting`). The daemon puts the number back at its end; the watcher of the journal does if the daemon
@@ -47,6 +45,7 @@ class SystemKnobs:
         self._geometry, self._lock = geometry, lock
         sizes = [f"{path.name}/enabled" for path in sysfs.size_directories(geometry.page_size).values()]
         tunables = [f"{TUNABLES}{knob.name}" for knob in dataclasses.fields(Tunables)]
+        # Kept open: reading an open file of sysfs again takes about a microsecond.
         self._files: dict[str, int] = {}
         for path in ("enabled", *sizes, *tunables):
             # A kernel without the file has the default.
@@ -75,6 +74,7 @@ class SystemKnobs:
             return False
         self._texts = texts
         ours, was = self._kept
+        # Unless another program has written it since: that is then the operator's choice.
         words = texts | ({TUNABLE: was} if ours and texts.get(TUNABLE) == ours else {})
         # An unknown word of a newer kernel, or a number out of range, must not stop the daemon: keep the last values.
         with contextlib.suppress(MthpError):
@@ -87,12 +87,13 @@ class SystemKnobs:
 
     @property
     def max_ptes_none(self) -> str:
-        """Return the text that the file of max_ptes_none last had."""
+        """The text that the file of max_ptes_none last had."""
         return self._texts.get(TUNABLE, "")
 
     def keep(self, ours: str, was: str) -> None:
         """Read the word `ours` of max_ptes_none as `was`, the operator's choice; empty words to read it as it is."""
         self._kept = ours, was
+        # So that the next refresh() finds a change.
         self._texts = {}
 
     def close(self) -> None:
@@ -108,6 +109,7 @@ def _unless_locked(path: Path | None) -> Iterator[bool]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else -1
     except OSError:
+        # The first window of any mthp makes the file.
         fd = -1
     try:
         if fd >= 0:
@@ -151,6 +153,7 @@ class Keeping:
         except (NotPermittedError, UnsupportedError, UsageError) as error:
             self._say(f"{TUNABLE} stays as it is: {error.message}")
         except MthpError as error:
+            # Every try may fail for the same reason, which is printed once.
             if error.message != self._delayed_by:
                 self._say(f"{TUNABLE} is set later: {error.message}")
             self._delayed_by = error.message
@@ -168,6 +171,7 @@ class Keeping:
         try:
             self._journal.keep({TUNABLE: str(number)})
         except MthpError:
+            # It was not set.
             self._knobs.keep("", "")
             raise
         self._kept = number

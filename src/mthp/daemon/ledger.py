@@ -87,6 +87,7 @@ class Ledger:
         changed = (layout != outline.layout) & ~passing
         due[changed], wait[changed] = -np.inf, 0
         self.address, self._layout = outline.address, layout
+        # By the results of the last scans, which do not yet have what `outline` shows to be huge.
         self.was_large = (result == ScanResult.SUCCEED) | (result == ScanResult.PMD_MAPPED)
         self._due, self._wait, self._result = due, wait, np.where(outline.pmd_mapped, _PMD_MAPPED, result)
         chosen: NDArray[np.bool_] = due <= now
@@ -124,13 +125,16 @@ class Ledger:
         if pages is not None:
             self._pages[row], self._huge[row] = pages[there], False
         passing = _IS_PASSING[results]
+        # A wait grows only while the outcome is of the same kind.
         again = passing == _IS_PASSING[self._result[row]]
         first = np.where(passing, min(FIRST_RETRY, retry), FIRST_AGE)
         last = np.where(passing, LAST_RETRY, LAST_AGE)
         wait = np.where(again & (self._wait[row] > 0), np.minimum(2 * self._wait[row], last), first)
+        # Not doubled, because something has changed.
         wait[results == ScanResult.SUCCEED] = FIRST_AGE
         self._wait[row], self._result[row] = wait, results
         self._due[row] = now + wait
+        # What the collapse itself changed in the layout must not make the range due.
         at = np.searchsorted(after.address, addresses)
         seen = (at < len(after)) & np.isin(addresses, after.address)
         self._layout[row[seen]] = after.layout[at[seen]]

@@ -40,8 +40,10 @@ class Loop:
         for key, events in self.selector.select(timeout):
             key.data(events)
         now = time.monotonic()
+        # A copy, because actions start timers.
         for name, (at, act) in list(self._timers.items()):
             if at <= now:
+                # Unless an earlier action has started it again.
                 if self._timers.get(name) == (at, act):
                     del self._timers[name]
                 act()

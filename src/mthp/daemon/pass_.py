@@ -113,6 +113,7 @@ class Pass:
             reserve=settings.reserve,
             max_threads=settings.max_threads,
             min_split_share=settings.min_split_share,
+            # Also the rate of all together rules out khugepaged, which keeps none.
             rate=settings.rate or environment.configuration.bytes_per_second,
         )
         self.space = environment.opened(pid)
@@ -148,7 +149,7 @@ class Pass:
 
     @property
     def makes(self) -> frozenset[int]:
-        """Return the orders that the rule's mechanism makes."""
+        """The orders that the rule's mechanism makes."""
         return frozenset(order for order, mechanism in self._mechanisms.items() if mechanism is not None)
 
     def _orders(self) -> tuple[int, ...] | str:
@@ -157,12 +158,12 @@ class Pass:
 
     @property
     def _chosen(self) -> frozenset[int]:
-        """Return the orders of `makes` that the rule wants, and that are large enough."""
+        """The orders of `makes` that the rule wants, and that are large enough."""
         return large_enough(self.makes & self._wanted, self._smallest)
 
     @property
     def needs_move(self) -> str:
-        """Return the sizes that the rule's mechanism does not make, with the price of the mover; ``""`` if none."""
+        """The sizes that the rule's mechanism does not make, with the price of the mover; ``""`` if none."""
         geometry = self._environment.geometry
         left = sorted(self._wanted - {geometry.pmd_order} - self.makes)
         if not left:
@@ -172,7 +173,7 @@ class Pass:
 
     @property
     def _wanted(self) -> frozenset[int]:
-        """Return the orders that the rule, or the system's switches, want."""
+        """The orders that the rule, or the system's switches, want."""
         orders = self._settings.orders
         return frozenset(self._environment.switches.orders(advised=True) if isinstance(orders, str) else orders)
 
@@ -206,18 +207,21 @@ class Pass:
         """
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
         fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n
+        # One number: a broken range before any hot one, a hotter one before any fuller one.
         fullness += (_FULLNESS_STEPS + 1) * (_classes(outline, size, heat) + (_HEAT_STEPS + 1) * broken)
+        # The last key is the first to be compared.
         order = np.lexsort((outline.address, -fullness))
         address, present = outline.address[order], outline.present[order]
         breaks = np.flatnonzero((np.diff(address.astype(np.int64)) != size) | (np.diff(fullness[order]) != 0)) + 1
         for first, last in itertools.pairwise([0, *breaks.tolist(), len(address)] if len(address) else []):
             start, end = int(address[first]), int(address[last - 1]) + size
             self._stretches.append(((start, end), int(present[first:last].sum())))
+        # Taken from the end.
         self._stretches.reverse()
 
     @property
     def left_alone(self) -> list[LeftAlone]:
-        """Return the mappings in which nothing may be made, by reason.
+        """The mappings in which nothing may be made, by reason.
 
         Anonymous memory comes first, and the most memory.
         """
@@ -227,12 +231,12 @@ class Pass:
 
     @property
     def is_done(self) -> bool:
-        """Return whether no range is left."""
+        """Whether no range is left."""
         return not self._stretches
 
     @property
     def gain(self) -> int:
-        """Return the present pages in the next stretch."""
+        """The present pages in the next stretch."""
         return self._stretches[-1][1] if self._stretches else 0
 
     def piece(self, ranges: int) -> list[tuple[Passage, Outline]]:
@@ -248,6 +252,7 @@ class Pass:
             (start, end), pages = self._stretches.pop()
             stop = min(end, start + ranges * size)
             passage = self.visit.scan((start, stop), (stop - start) // size * n)
+            # Also a passage that got nowhere counts, so that the loop ends.
             ranges -= max(1, (passage.end - start) // size)
             if passage.end < end:
                 left = pages * (end - passage.end) // (end - start)
@@ -330,6 +335,7 @@ def account(
     work = Counters(scanned_ptes=passage.progress)
     for attempt in passage.attempts:
         order, result = attempt.order, attempt.result
+        # A split may leave pages that the collapse filled beside its blocks, also if it fails.
         added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
         work.bloat_bytes += added * size
         rule.bloat_bytes[order] += added * size
@@ -337,9 +343,11 @@ def account(
             work.collapsed[order] += 1
             work.copied_bytes += attempt.copied * size
             environment.free.given(order)
+        # A folio that is there already is not a failure.
         elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
             work.failed[result] += 1
             rule.failed[order] += 1
+            # Without a duration the kernel was not called: the admission refused.
             if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
                 environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
         if order == geometry.pmd_order and attempt.elapsed_ns:

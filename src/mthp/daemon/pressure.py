@@ -128,11 +128,13 @@ class FreeFolios:
 
     def given(self, order: int) -> None:
         """Note that the kernel allocated a folio of `order`."""
+        # Ends its rest, and the doubling.
         self._refused.pop(order, None)
 
     def exhausted(self) -> list[int]:
         """Return the orders that are not requested at the moment because they were refused."""
         now = self._clock()
+        # A copy, because the main thread asks while the worker changes it.
         return sorted(order for order, refused in dict(self._refused).items() if refused.rests(now))
 
 

@@ -1,6 +1,5 @@
 """The choice of targets: processes that fit a rule, found when they start, change and exit.
 
-A rule that names a PID means the process that has it when the rules are read, and not a later one with the same number.
 Changes of processes come from the kernel's events or from lists (:mod:`mthp.linux.procevents`). A changed process
 settles and is read, and becomes a target, stays one under another rule, or stops being one. Periodically all processes
 are listed, for changes without an event.
@@ -74,17 +73,17 @@ class Finder:
 
     @property
     def means(self) -> str:
-        """Return the name of the way in which new processes are found."""
+        """The name of the way in which new processes are found."""
         return self._changes.name
 
     @property
     def known(self) -> int:
-        """Return the number of processes that were read."""
+        """The number of processes that were read."""
         return len(self._known)
 
     @property
     def next_due(self) -> float | None:
-        """Return when the next process has settled; None if none waits."""
+        """When the next process has settled; None if none waits."""
         return self._nursery.next_due()
 
     def start(self) -> None:
@@ -127,7 +126,7 @@ class Finder:
 
     @property
     def _tick(self) -> float:
-        """Return the seconds for which events of processes are gathered."""
+        """The seconds for which events of processes are gathered."""
         return SETTLE_SHARE * self._environment.configuration.notice_ns / 1e9
 
     def _processes_changed(self, _events: int) -> None:
@@ -137,6 +136,7 @@ class Finder:
         self._loop.after("events", self._tick, self._watch_processes)
 
     def _take(self, changes: Changes) -> None:
+        # Those that are gone first: a PID may have been used again meanwhile.
         self._nursery.drop(changes.gone)
         for pid in changes.gone:
             self._known.pop(pid, None)
@@ -150,6 +150,7 @@ class Finder:
     def _rematch(self) -> None:
         """Read all processes that may have changed without an event: moved to another cgroup, above all."""
         pids = set(list_pids())
+        # Their ends may have been among lost events.
         for pid in self._known.keys() - pids:
             del self._known[pid]
         told_of = self._changes.fileno() >= 0 and self._environment.configuration.rules.properties <= TOLD_OF
@@ -165,6 +166,7 @@ class Finder:
                 self._known[pid] = -1
                 continue
             self._known[pid] = facts.starttime
+            # A rule that names a PID means the process that had it when the rules were read, and not a later one.
             was_named = self._named.get(pid) == facts.starttime
             rule = rules.rule_for(facts if was_named else replace(facts, pid=NOBODY))
             if rule is not None and (rule.deny or pid in self._ancestors):
@@ -194,8 +196,10 @@ class Finder:
         try:
             process = Process(facts.pid)
         except MthpError as error:
+            # Without the PID, so that equal reasons are counted together.
             self.left_out[error.message.replace(str(facts.pid), "PID")] += 1
             return
+        # The PID was used again since the facts were read.
         if process.starttime != facts.starttime:
             process.close()
             self._nursery.add([facts.pid])
@@ -265,6 +269,7 @@ class Nursery:
 
     def next_due(self) -> float | None:
         """Return when the next process has settled; None if none waits."""
+        # Processes that were added again, or are gone, have left entries behind.
         while self._queue and self._due.get(self._queue[0][1]) != self._queue[0][0]:
             self._queue.popleft()
         return self._queue[0][0] if self._queue else None

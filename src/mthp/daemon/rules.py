@@ -112,6 +112,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         ranked = sorted(self.rules, key=lambda rule: (rule.deny, rule.match.specificity), reverse=True)
+        # A frozen dataclass has no other way.
         object.__setattr__(self, "rules", tuple(ranked))
         for one, other in _clashes(self.rules):
             raise UsageError(
@@ -126,12 +127,13 @@ class Rules:
 
     @property
     def properties(self) -> frozenset[str]:
-        """Return the properties that any rule names, and that must be read of every process."""
+        """The properties that any rule names, and that must be read of every process."""
         return frozenset(name for rule in self.rules for name in rule.match.named)
 
 
 def _clashes(rules: Iterable[Rule]) -> Iterator[tuple[Rule, Rule]]:
     for one, other in itertools.combinations(rules, 2):
+        # One that denies wins, and equal settings need no decision.
         if one.deny or other.deny or one.settings == other.settings:
             continue
         if one.match.named != other.match.named or one.match.specificity != other.match.specificity:

@@ -127,6 +127,7 @@ class Daemon:
         if not sysfs.exists:
             raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
         configuration = self._load()
+        # Closed in reverse order, also if a later part cannot begin.
         begin = self._undo.enter_context
         begin(closing(DaemonLock(run_dir)))
         self._restore()
@@ -149,6 +150,7 @@ class Daemon:
             knobs,
             MemoryPressure(configuration.max_memory_pressure),
             CpuBudget(configuration.cpu),
+            # The main thread ends as for an operator's signal; run() then raises an error.
             died=lambda: signal.raise_signal(signal.SIGTERM),
         )
         self._keeping = begin(closing(Keeping(knobs, self._loop, self._say)))
@@ -181,6 +183,7 @@ class Daemon:
     def _opened(self, pid: int) -> AddressSpace:
         space = open_live(pid)
         target = self.worker.targets.get(pid)
+        # The PID is that of another process by now, which no rule was matched with.
         if target is not None and space.process.starttime != target.process.starttime:
             space.close()
             target.process.check_alive()
@@ -215,6 +218,7 @@ class Daemon:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Have signals wake the loop."""
+        # Python retries select(2) after a handler has run (PEP 475); a byte at this socket ends the wait.
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
@@ -231,6 +235,7 @@ class Daemon:
 
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTSTP)
         before = {number: signal.signal(number, note) for number in numbers}
+        # A full buffer wakes the loop as well.
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._loop.selector.register(ours, selectors.EVENT_READ, obey)
         try:
@@ -257,11 +262,13 @@ class Daemon:
         self.worker.pause(True)
         self.worker.wait_for_rest(TOUCHING_SECONDS)
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        # With the default action: the process stops here until SIGCONT.
         signal.raise_signal(signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, handler)
         self.worker.pause(paused)
 
     def _sign_of_life(self) -> None:
+        # Else the service manager ends and restarts the daemon (WatchdogSec=).
         if time.monotonic() - self.worker.beat < STUCK_SECONDS:
             self._notifier.send("WATCHDOG=1", f"STATUS={self._status_line()}")
 
@@ -281,6 +288,7 @@ class Daemon:
         """Read the configuration again; if it is invalid, keep the old one."""
         # As Type=notify-reload wants it, until READY=1 (sd_notify(3)).
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        # Also if the configuration is refused: the signal may be that of logrotate.
         if self._events is not None:
             self._events.reopen()
         try:
@@ -317,26 +325,26 @@ class Daemon:
 
     @property
     def uptime_seconds(self) -> float:
-        """Return the seconds since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self._started
 
     @property
     def cpu_seconds(self) -> float:
-        """Return the processor time of this process, in seconds."""
+        """The processor time of this process, in seconds."""
         times = os.times()
         return times.user + times.system
 
     @property
     def resident_memory_bytes(self) -> int:
-        """Return the resident memory of this process, in bytes."""
+        """The resident memory of this process, in bytes."""
         return memory_used()
 
     @property
     def orders_refused(self) -> list[str]:
-        """Return the sizes that are not tried at the moment, because the machine had no folio of them."""
+        """The sizes that are not tried at the moment, because the machine had no folio of them."""
         return [self.geometry.label(order) for order in self.environment.free.exhausted()]
 
     @property
     def targets(self) -> list[Target]:
-        """Return the processes that are worked on."""
+        """The processes that are worked on."""
         return list(self.worker.targets.values())

@@ -161,6 +161,7 @@ class Notifier:
         values = dict(os.environ) if environment is None else environment
         self._address = values.get("NOTIFY_SOCKET", "")
         usec = values.get("WATCHDOG_USEC", "")
+        # A child inherits the variables, and the watchdog means its parent (sd_watchdog_enabled(3)).
         mine = values.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         allowed = re.fullmatch("[0-9]{1,18}", usec)
         self.watchdog = int(usec) / 2e6 if allowed and mine and self._address else None
@@ -175,5 +176,6 @@ class Notifier:
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
         ):
+            # A manager that does not read must not stop the daemon.
             sock.setblocking(False)
             sock.sendto("\n".join(assignments).encode(), address)

@@ -139,6 +139,7 @@ class Target:
         self.resident = self.huge = self.out_of_reach_bytes = 0
         self.folio_pages: list[int] = []
         self.trimmable_bytes: int | None = None
+        # A small piece first, because the speed of this process is unknown.
         self._at_a_time = 2
         self._unadvised = Backoff()
         self.forks = Forks()
@@ -147,39 +148,40 @@ class Target:
 
     @property
     def settings(self) -> Settings:
-        """Return the settings of its rule, at the current level of eagerness."""
+        """The settings of its rule, at the current level of eagerness."""
         return self.level.settings
 
     @property
     def label(self) -> str:
-        """Return PID and name."""
+        """PID and name."""
         return f"{self.facts.pid} ({self.facts.comm})"
 
     @property
     def bloat_left(self) -> int | None:
-        """Return the bytes that filling may still add; None for unlimited."""
+        """The bytes that filling may still add; None for unlimited."""
         if self.settings.max_bloat is None:
             return None
         return self.settings.max_bloat.of(self.resident) - self.counters.bloat_bytes
 
     @property
     def gain(self) -> int:
-        """Return the pages that the rest of the pass may gain; most for a target that is new."""
+        """The pages that the rest of the pass may gain; most for a target that is new."""
+        # A new target may have the most to gain, and the first pass shows it.
         return self._pass.gain if self._pass is not None else 0 if self.counters.passes else 1 << 62
 
     @property
     def next_look_seconds(self) -> float:
-        """Return the seconds until the next step."""
+        """The seconds until the next step."""
         return max(0.0, self.next_at - self._environment.clock())
 
     @property
     def working(self) -> bool:
-        """Return whether a pass is unfinished."""
+        """Whether a pass is unfinished."""
         return self._pass is not None
 
     @property
     def touched_now(self) -> bool:
-        """Return whether its memory is being worked on at this moment; callable from any thread."""
+        """Whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
         return current is not None and current.visit.touching
 
@@ -251,6 +253,7 @@ class Target:
         if reason != self.left_out:
             self._environment.event_of(self.facts, "left_out", reason=reason)
         self.left_out = reason
+        # The next look counts as one at a process that has changed.
         self._seen = None
         self.next_at = self._environment.clock() + LEFT_OUT_SECONDS
 
@@ -265,6 +268,7 @@ class Target:
         share = self.settings.trim
         assert share is not None, "only a process whose rule has it is trimmed"
         begun = self._environment.clock()
+        # Also for a trim that fails.
         self.trim_at = begun + TRIM_SECONDS
         given, self.trimmable_bytes = give_back(self._environment, self.facts, share)
         self._count("trimmed_bytes", given)
@@ -351,6 +355,7 @@ class Target:
         begun, ranges = environment.clock(), environment.ranges_within(self.settings.rate, self._at_a_time)
         done = current.piece(ranges)
         taken = max(environment.clock() - begun, 1e-6)
+        # At most twice as many, because one piece may have been fast by chance.
         self._at_a_time = max(1, min(2 * ranges, PIECE_RANGES, int(ranges * PIECE_SECONDS / taken)))
         now, retry = environment.clock(), environment.scan_sleep
         for passage, after in done:
@@ -360,6 +365,7 @@ class Target:
             self._ledger.scanned(passage.addresses, passage.results, after, now, retry, passage.folio_pages)
             self.small_folios.note(passage.attempts, environment.geometry)
         if current.reasons:
+            # Few, because `mthp status` has them of every target.
             self.reasons = Counter(dict(current.reasons.most_common(8)))
             current.reasons.clear()
         if current.out_of_memory:

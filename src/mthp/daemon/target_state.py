@@ -51,6 +51,7 @@ class Sign:
     @classmethod
     def parse(cls, text: bytes) -> Sign:
         """Return the fields in the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
+        # The name in parentheses may contain anything, parentheses included.
         end = text.rindex(b")")
         fields = text[end + 2 :].split(maxsplit=23)
         return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
@@ -82,7 +83,7 @@ class HeatKeeper:
 
     @property
     def measuring(self) -> bool:
-        """Return whether a measurement is running."""
+        """Whether a measurement is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def is_there(self, now: float, request: HeatRequest | None) -> bool:
@@ -93,6 +94,7 @@ class HeatKeeper:
         if self.measuring:
             return False
         if self._thread is not None:
+            # It has ended: what it found is valid from now on.
             self._thread, self._at = None, now
         if now - self._at < FRESH_SECONDS:
             return True
@@ -146,6 +148,7 @@ class Forks:
 
     def holds(self, now: float) -> bool:
         """Return whether a child shares the memory, so that nothing may be collapsed now."""
+        # A copy, because the main thread notes children meanwhile.
         return any(now - since < LONGEST_CHILD_SECONDS for since in list(self._children.values()))
 
     def take_over(self) -> bool:
@@ -202,6 +205,7 @@ class SmallFolios:
             return
         self._due = False
         ours = outline[np.isin(outline.address, self._ranges) & ~outline.pmd_mapped]
+        # The others are empty, or huge by now.
         self._ranges = ours.address
         self.remade = remade(space, ours.address, space.geometry.ptes_per_pmd - ours.present.astype(np.int64))
         if not self.remade.ranges:

@@ -1,8 +1,7 @@
 """Counters of the daemon's work, of all processes together, of each target and of each service; and the event log.
 
 The log has one JSON object a line, appended. A full disk stops nothing: lost events are counted, the operator is warned
-once, and when writing works again a line has their number. A line that a full disk cut short is ended first, so that
-readers can skip it.
+once, and when writing works again a line has their number.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ class Pauses:
     def add(self, pauses_ns: Iterable[int]) -> None:
         """Add pauses, in nanoseconds."""
         for pause in pauses_ns:
+            # A bound belongs to its bucket, as Prometheus defines it (`le`).
             self.buckets[bisect.bisect_left(PAUSE_BUCKETS, pause / 1e9)] += 1
             self.total_ns += pause
             self.max_ns = max(self.max_ns, pause)
@@ -60,12 +60,12 @@ class Pauses:
 
     @property
     def count(self) -> int:
-        """Return the number of pauses."""
+        """The number of pauses."""
         return sum(self.buckets)
 
     @property
     def durations(self) -> Durations:
-        """Return their durations; p50 and p99 are of the last 1024."""
+        """Their durations; p50 and p99 are of the last 1024."""
         recent = Durations.of(np.array(self._recent, np.float64) / 1e9)
         return replace(recent, count=self.count, max=self.max_ns / 1e9, total=self.total_ns / 1e9)
 
@@ -118,6 +118,7 @@ class Counters:
 
     def collapsed_bytes(self, geometry: Geometry) -> int:
         """Return the bytes in the folios that were made."""
+        # A copy, because other threads read while the worker counts.
         return sum(count * geometry.size_of(order) for order, count in dict(self.collapsed).items())
 
     def collapsed_by_size(self, geometry: Geometry) -> dict[str, int]:
@@ -211,6 +212,7 @@ class EventLog:
             if self.lost:
                 lines.append(_line("lost", {"count": self.lost}))
             lines.append(_line(event, values))
+            # A line that a full disk cut short is ended first, so that readers can skip it.
             text = (b"\n" if self._cut else b"") + b"".join(lines)
             try:
                 written = os.write(self._fd, text)

@@ -2,8 +2,7 @@
 
 There is one thread, so budgets, the windows of the mover and the switches that it reads need no further locks. The main
 thread adds, renews and drops targets, pauses and stops. A piece takes some milliseconds; between two of them the worker
-handles these requests. Only reading the mappings of a very large process can take longer, and an end in the middle of
-that does no harm.
+handles these requests.
 """
 
 from __future__ import annotations
@@ -69,6 +68,7 @@ class Worker:
         self.failed = False
         self._died = died
         self._knobs, self._clock = knobs, environment.clock
+        # Its lock is an RLock, because _rest() is also called while it is held.
         self._turn = threading.Condition()
         self._waiting: list[tuple[float, int, Target]] = []
         self._ready: list[tuple[int, int, Target]] = []
@@ -120,6 +120,7 @@ class Worker:
     def forked(self, changes: Changes) -> None:
         """Note which targets have children that share their memory, and which no longer have any."""
         if changes.lost:
+            # Their ends may be among the lost events.
             gone = [child for child in self._parents if not Path(f"/proc/{child}").exists()]
             changes.unshared |= dict.fromkeys(gone, 0)
         if not changes.forked and not changes.unshared:
@@ -148,6 +149,7 @@ class Worker:
             self.cpu.set(configuration.cpu)
             self.pressure.limit = configuration.max_memory_pressure
             environment.bytes.set_rate(configuration.bytes_per_second)
+            # The next _follow_system() applies its switches and tunables.
             self._version = -1
 
     def pause(self, paused: bool) -> None:
@@ -173,13 +175,14 @@ class Worker:
             self._turn.notify()
         begun = self._clock()
         self._thread.join(timeout)
+        # Reading the mappings of a very large process may take longer, and an end in the middle of that does no harm.
         while (target := self._busy) is not None and target.touched_now and self._clock() - begun < longest:
             self._thread.join(0.01)
         return not self._thread.is_alive()
 
     @property
     def busy(self) -> bool:
-        """Return whether a piece of work is running."""
+        """Whether a piece of work is running."""
         return self._busy is not None
 
     # The thread.
@@ -193,12 +196,14 @@ class Worker:
             self.environment.say(f"the worker ends for an error of mthp\n{traceback.format_exc()}")
             self._died()
         finally:
+            # Also after an error, because a pass may have injected code.
             for target in list(self.targets.values()):
                 target.end_pass()
 
     def _once(self) -> None:
         """Do one piece of work, or wait."""
         if (wait := self._must_wait()) > 0:
+            # While memory is short, trims are the work that helps.
             if self.paused or not self.pressure.resting or not self._trim():
                 self._rest(wait)
             return
@@ -215,6 +220,7 @@ class Worker:
         """Return the seconds for which nothing may be begun."""
         if self.paused:
             return RESTING_SECONDS
+        # Without targets nothing would be begun, so an idle daemon reads no pressure.
         if not self.targets:
             return 0.0
         was, rests, share = self.pressure.resting, self.pressure.rests(), self.pressure.share
@@ -248,6 +254,7 @@ class Worker:
             self._requeue()
         while self._waiting and self._waiting[0][0] <= now:
             _, number, target = heapq.heappop(self._waiting)
+            # The number breaks ties, because targets cannot be compared.
             heapq.heappush(self._ready, (-target.gain, number, target))
         while self._ready:
             _, _, target = heapq.heappop(self._ready)
@@ -338,5 +345,7 @@ class Worker:
     def _rest(self, seconds: float) -> None:
         with self._turn:
             self.beat = self._clock()
+            # Checked under the lock, so that the notice of stop() cannot come just before the wait.
             if not self._stop:
+                # At most a second, so that `beat` shows that the worker lives.
                 self._turn.wait(min(seconds, 1.0))
