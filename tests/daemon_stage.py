@@ -16,7 +16,7 @@ from fakes import FakeSpace, page_runs
 from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import FreeFolios
-from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.rules import Rule, RuleSet, Settings
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import TargetVanishedError
@@ -82,7 +82,7 @@ class Stage:
         tunables = Tunables.defaults(G)
         self.environment = Environment(
             geometry=G,
-            configuration=Configuration(rules=Rules(())),
+            configuration=Configuration(rules=RuleSet(())),
             switches=Switches.defaults(G),
             tunables=tunables,
             free=FreeFolios(Path("/nonexistent/buddyinfo"), self.clock),

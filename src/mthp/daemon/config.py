@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mthp.bounded import named
-from mthp.daemon.rules import Limit, Rule, Rules, Settings
+from mthp.daemon.rules import Limit, Rule, RuleSet, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.naming import Match
@@ -67,7 +67,7 @@ class Configuration(Own):
         enabled, sizes: the same for the switches: the top-level word, and words by order.
     """
 
-    rules: Rules
+    rules: RuleSet
     tunables: Mapping[str, int] = field(default_factory=dict)
     enabled: str | None = None
     sizes: Mapping[int, str] = field(default_factory=dict)
@@ -249,7 +249,7 @@ def _configuration(documents: Sequence[Document], geometry: Geometry, name: str)
     for document in documents:
         document.check()
     with named(name):
-        return Configuration(rules=Rules(tuple(rules)), tunables=tunables, enabled=enabled, sizes=sizes, **own)
+        return Configuration(rules=RuleSet(tuple(rules)), tunables=tunables, enabled=enabled, sizes=sizes, **own)
 
 
 _TABLES = ("daemon", "tunables", "switches", "defaults")

@@ -13,8 +13,8 @@ range.
 A dead band keeps small changes of the measurement from moving the level at all. The wanted level never grows with
 pressure, so after a step of pressure the level moves in one direction and stops.
 
-:func:`next_level` and :func:`settings_at` are pure: no clock, no file. :class:`Level` has the current level of one
-target, and the settings of its rule at that level.
+:func:`next_level` and :func:`settings_at` are pure: no clock, no file. :class:`EagernessLevel` has the current level of
+one target, and the settings of its rule at that level.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ are missing everywhere.
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Measured values of a target.
+class Shortage:
+    """How short memory is for a target, as measured.
 
     Attributes:
         pressure: share of time in which some task of its cgroup waits for memory.
@@ -107,7 +107,7 @@ def large_enough(orders: Iterable[int], smallest: int) -> frozenset[int]:
     return frozenset(order for order in all_orders if order >= smallest) or frozenset(sorted(all_orders)[-1:])
 
 
-def wanted_level(eagerness: float, measured: Measured) -> float:
+def wanted_level(eagerness: float, measured: Shortage) -> float:
     """Return the level that a measurement allows: it falls with pressure, and grows with free memory."""
     low, high = PRESSURE_BAND
     calm = 1.0 - _share(measured.pressure, low, high)
@@ -115,7 +115,7 @@ def wanted_level(eagerness: float, measured: Measured) -> float:
     return eagerness * min(calm, room)
 
 
-def next_level(level: float, eagerness: float, measured: Measured, seconds: float) -> float:
+def next_level(level: float, eagerness: float, measured: Shortage, seconds: float) -> float:
     """Return the level `seconds` later, under the measured values: it falls at once, and rises slowly."""
     wanted = wanted_level(eagerness, measured)
     if wanted <= level:
@@ -137,7 +137,7 @@ MEASURE_SECONDS = 1.0
 """Seconds between two measurements: avg10 is renewed every two seconds (PSI_FREQ, include/linux/psi_types.h)."""
 
 
-class Level:
+class EagernessLevel:
     """The level of one target.
 
     Args:
@@ -164,7 +164,7 @@ class Level:
         if rule.eagerness is not None:
             self._set(0.0 if rule.eagerness < MOST else float(MOST))
 
-    def follow(self, now: float, measure: Callable[[], Measured]) -> bool:
+    def follow(self, now: float, measure: Callable[[], Shortage]) -> bool:
         """Measure again if it is time to; return whether the settings have changed."""
         if self.value is None or self._rule.eagerness is None or now - self._at < MEASURE_SECONDS:
             return False

@@ -15,7 +15,7 @@ from typing import Any
 from mthp.addrspace import AddressSpace
 from mthp.daemon.config import Configuration
 from mthp.daemon.pressure import FreeFolios
-from mthp.daemon.telemetry import Counters, Services
+from mthp.daemon.telemetry import Services, WorkCounters
 from mthp.engine.allowed import mechanism_of
 from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism
@@ -117,7 +117,7 @@ class Environment:
     event: Callable[..., None]
     say: Callable[[str], None] = lambda line: None
     free: FreeFolios = field(default_factory=FreeFolios)
-    total: Counters = field(default_factory=Counters)
+    total: WorkCounters = field(default_factory=WorkCounters)
     services: Services = field(default_factory=Services)
     reload_at: float = field(default_factory=time.time)
     reload_refused: bool = False

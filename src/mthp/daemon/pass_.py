@@ -23,7 +23,7 @@ from mthp.budget import Room
 from mthp.daemon.eagerness import large_enough
 from mthp.daemon.environment import Environment
 from mthp.daemon.rules import Settings
-from mthp.daemon.telemetry import Counters, RuleCounters, ServiceCounters
+from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
 from mthp.engine.select import PlanOptions
 from mthp.engine.trim import TrimOptions, trim_space
@@ -66,7 +66,7 @@ class LeftAlone:
     bytes: int
 
 
-class Pass:
+class TargetPass:
     """One pass through a target.
 
     Args:
@@ -317,7 +317,7 @@ def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64
 
 def account(
     environment: Environment,
-    counters: Counters,
+    counters: WorkCounters,
     service: ServiceCounters,
     facts: ProcessFacts,
     space: AddressSpace,
@@ -332,7 +332,7 @@ def account(
     geometry, size = environment.geometry, environment.geometry.page_size
     calls, pauses = take_calls(space), take_pauses(space)
     rule = environment.services.rules.setdefault(service.rule, RuleCounters())
-    work = Counters(scanned_ptes=passage.progress)
+    work = WorkCounters(scanned_ptes=passage.progress)
     for attempt in passage.attempts:
         order, result = attempt.order, attempt.result
         # A split may leave pages that the collapse filled beside its blocks, also if it fails.

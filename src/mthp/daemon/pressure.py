@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mthp.daemon.eagerness import Measured
+from mthp.daemon.eagerness import Shortage
 from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
@@ -65,7 +65,7 @@ class MemoryPressure:
         return self.resting
 
 
-def measured(membership: str, proc: Path = Path("/proc")) -> Measured:
+def measured(membership: str, proc: Path = Path("/proc")) -> Shortage:
     """Return the pressure and free memory for a target; the pressure is 0 on a kernel without PSI.
 
     Args:
@@ -83,7 +83,7 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Measured:
     except OSError:
         meminfo = ""
     available, total = (parse_meminfo(meminfo, name) for name in ("MemAvailable", "MemTotal"))
-    return Measured(pressure, available / total if available is not None and total else 1.0)
+    return Shortage(pressure, available / total if available is not None and total else 1.0)
 
 
 @functools.cache

@@ -18,14 +18,14 @@ import math
 import time
 from collections import Counter
 
-from mthp.daemon.eagerness import Level
+from mthp.daemon.eagerness import EagernessLevel
 from mthp.daemon.environment import FIRST_LOOK, SHORTEST_LOOK, Environment, on_grid
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.pass_ import LeftAlone, Pass, account, decided_by, give_back
+from mthp.daemon.pass_ import LeftAlone, TargetPass, account, decided_by, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, Sign, SmallFolios
-from mthp.daemon.telemetry import Counters
+from mthp.daemon.telemetry import WorkCounters
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.measuring import out_of_reach_bytes
@@ -107,19 +107,19 @@ class Target:
 
     facts: ProcessFacts
     rule: Rule
-    counters: Counters
+    counters: WorkCounters
     left_out: str
     reasons: Counter[str]
     left_alone: list[LeftAlone]
     out_of_reach_bytes: int
     needs_move: str
-    level: Level
+    level: EagernessLevel
     small_folios: SmallFolios
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
         self._environment = environment
         self.process, self.facts, self.rule = process, facts, rule
-        self.counters = Counters()
+        self.counters = WorkCounters()
         self.service = environment.services.of(rule.name, facts.service)
         self.next_at = environment.clock()
         self.turn = 0
@@ -127,14 +127,14 @@ class Target:
         self.reasons: Counter[str] = Counter()
         self._ledger = Ledger()
         self.heat = HeatKeeper(environment, facts.pid)
-        self._pass: Pass | None = None
+        self._pass: TargetPass | None = None
         self._seen: Sign | None = None
         self._found_under: object = None
         self._makes: frozenset[int] | None = None
         self.small_folios = SmallFolios()
         self._interval = self._list_interval = 0.0
         self._list_at = self._reach_at = self.trim_at = 0.0
-        self.level = Level(rule.settings, environment.geometry, environment.clock())
+        self.level = EagernessLevel(rule.settings, environment.geometry, environment.clock())
         self._rate = ByteBudget(self.settings.rate, environment.clock)
         self.resident = self.huge = self.out_of_reach_bytes = 0
         self.folio_pages: list[int] = []
@@ -189,7 +189,7 @@ class Target:
         """Go on under another rule, and scan everything again."""
         self.facts, self.rule = facts, rule
         self.service = self._environment.services.of(rule.name, facts.service)
-        self.level = Level(rule.settings, self._environment.geometry, self._environment.clock())
+        self.level = EagernessLevel(rule.settings, self._environment.geometry, self._environment.clock())
         self._rate.set_rate(self.settings.rate)
         self.stale()
 
@@ -309,7 +309,7 @@ class Target:
     def _begin_pass(self, now: float, touched: bool, *, after_fork: bool = False) -> None:
         environment = self._environment
         self._count("passes")
-        self._pass = Pass(
+        self._pass = TargetPass(
             self._environment, self.facts.pid, self.settings, lambda: self.bloat_left, self.level.smallest
         )
         if self._unadvised.rests(now):
@@ -349,7 +349,7 @@ class Target:
 
     # Working.
 
-    def _work(self, current: Pass) -> None:
+    def _work(self, current: TargetPass) -> None:
         """Scan some ranges, the fullest that are left."""
         environment = self._environment
         begun, ranges = environment.clock(), environment.ranges_within(self.settings.rate, self._at_a_time)

@@ -71,7 +71,7 @@ class Pauses:
 
 
 @dataclass
-class Counters:
+class WorkCounters:
     """Work done.
 
     Attributes:
@@ -107,7 +107,7 @@ class Counters:
     stopped: Pauses = field(default_factory=Pauses)
     called: Pauses = field(default_factory=Pauses)
 
-    def add(self, other: Counters) -> None:
+    def add(self, other: WorkCounters) -> None:
         """Add other work; its pauses and calls are added apart, one by one."""
         for each in fields(self):
             mine, theirs = getattr(self, each.name), getattr(other, each.name)
@@ -133,7 +133,7 @@ class ServiceCounters:
     Attributes:
         rule, service: their names.
         collapsed_bytes: in folios that were made.
-        bloat_bytes, trimmed_bytes: as in :class:`Counters`.
+        bloat_bytes, trimmed_bytes: as in :class:`WorkCounters`.
     """
 
     rule: str

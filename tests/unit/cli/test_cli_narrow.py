@@ -23,7 +23,7 @@ from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
 from mthp.cli.render.collapse import print_report
 from mthp.cli.render.output import console
-from mthp.daemon.telemetry import Counters
+from mthp.daemon.telemetry import WorkCounters
 from mthp.demo.story import Chapter, Speed, Story
 from mthp.engine.collapse import collapse_space
 from mthp.engine.select import PlanOptions
@@ -159,7 +159,7 @@ def test_doctor(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 @WIDTHS
 def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = to_object(Counters(), X86_64)
+    counters = to_object(WorkCounters(), X86_64)
     target: dict[str, Any] = {
         "pid": 4194303,
         "comm": "redis-server",

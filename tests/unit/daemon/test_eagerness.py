@@ -18,8 +18,8 @@ from mthp.daemon.eagerness import (
     FREE_BAND,
     MOST,
     PRESSURE_BAND,
-    Level,
-    Measured,
+    EagernessLevel,
+    Shortage,
     large_enough,
     next_level,
     settings_at,
@@ -66,7 +66,7 @@ def stepped(eagerness: int, level: float, before: float, after: float, free: flo
     for second in range(90):
         if second % 2 == 0:
             average = after + (average - after) * math.exp(-2 / 10)
-        level = next_level(level, eagerness, Measured(average, free), 1.0)
+        level = next_level(level, eagerness, Shortage(average, free), 1.0)
         found.append(level)
     return found
 
@@ -80,7 +80,7 @@ def test_after_a_step_of_pressure_it_moves_in_one_direction_and_settles_within_a
 ) -> None:
     # The level of long ago, and no other than the rule allows.
     for _ in range(90):
-        level = next_level(min(level, eagerness), eagerness, Measured(before, free), 1.0)
+        level = next_level(min(level, eagerness), eagerness, Shortage(before, free), 1.0)
     found = [level, *stepped(eagerness, level, before, after, free)]
     changes = np.diff(found)
     assert (changes <= 1e-12).all() or (changes >= -1e-12).all()
@@ -93,7 +93,7 @@ def test_after_a_step_of_pressure_it_moves_in_one_direction_and_settles_within_a
 def test_it_is_never_above_the_rule_nor_what_was_measured(
     eagerness: int, level: float, pressure: float, free: float
 ) -> None:
-    now = Measured(pressure, free)
+    now = Shortage(pressure, free)
     assert 0 <= next_level(level, eagerness, now, 1.0) <= max(wanted_level(eagerness, now), 0) + 1e-12 or (
         next_level(level, eagerness, now, 1.0) <= level
     )
@@ -220,22 +220,22 @@ def test_the_documented_levels_are_those_that_hold() -> None:
 
 
 def test_a_level_sets_what_a_rule_does_not_say() -> None:
-    level = Level(Settings(eagerness=5), X86_64, 0.0)
+    level = EagernessLevel(Settings(eagerness=5), X86_64, 0.0)
     assert (level.makes, level.value) == (False, 0.0)
-    assert not level.follow(0.5, Measured)
-    assert level.follow(30.0, Measured)
+    assert not level.follow(0.5, Shortage)
+    assert level.follow(30.0, Shortage)
     assert level.settings.max_ptes_none == int(0.125 * (N - 1))
     assert level.settings.trim == 0.5
     assert X86_64.label(level.smallest) == "32K"
-    assert level.follow(31.0, lambda: Measured(pressure=0.5))
+    assert level.follow(31.0, lambda: Shortage(pressure=0.5))
     assert not level.makes
-    without = Level(Settings(), X86_64, 0.0)
+    without = EagernessLevel(Settings(), X86_64, 0.0)
     assert not without.follow(100.0, lambda: pytest.fail("nothing is measured"))
     assert without.settings == Settings()
     assert without.smallest == 0
 
 
 def test_the_shorter_of_calm_and_room_decides_and_the_last_step_to_the_rule_is_taken() -> None:
-    half = Measured(sum(PRESSURE_BAND) / 2, sum(FREE_BAND) / 2)
+    half = Shortage(sum(PRESSURE_BAND) / 2, sum(FREE_BAND) / 2)
     assert wanted_level(10, half) == pytest.approx(5.0)
-    assert next_level(9.7, 10, Measured(), 1.0) == 10.0
+    assert next_level(9.7, 10, Shortage(), 1.0) == 10.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mthp.daemon.eagerness import DEAD_BAND, Level, Measured
+from mthp.daemon.eagerness import DEAD_BAND, EagernessLevel, Shortage
 from mthp.daemon.rules import Settings
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.geometry import Geometry
@@ -71,7 +71,7 @@ class Stage:
         self.machine = Machine(
             SMALL, node_frames=[MEMORY * N], swap_slots=2 * MEMORY * N, switches=switches, costs=DISK
         )
-        self.level = Level(Settings(eagerness=self.eagerness), SMALL, 0.0)
+        self.level = EagernessLevel(Settings(eagerness=self.eagerness), SMALL, 0.0)
         self.target = Program(self.machine, "target", self.rng, advise=False)
         self.heap = self.target.map(RANGES * PMD)
         self.own = np.flatnonzero(self.rng.random(RANGES * N) < np.repeat(self.rng.uniform(0.4, 1.0, RANGES), N))
@@ -91,7 +91,7 @@ class Stage:
                 # calc_load() over ten seconds, every two (kernel/sched/psi.c).
                 self.average = share + (self.average - share) * math.exp(-2 / 10)
             memory = self.machine.parts.memory
-            found = Measured(self.average, memory.free_frames / len(memory.refcount))
+            found = Shortage(self.average, memory.free_frames / len(memory.refcount))
             self.level.follow(second + 1.0, lambda found=found: found)  # type: ignore[misc]
             begun = sum(self.machine.clock.spent_ns().values())
             self._act()

@@ -9,7 +9,7 @@ import pytest
 
 from fakes import FakeClock
 from mthp.daemon.eagerness import (
-    Measured,
+    Shortage,
 )
 from mthp.daemon.pressure import ASK_SECONDS, REACH_SECONDS, FreeFolios, MachineReach, MemoryPressure, measured
 
@@ -125,8 +125,8 @@ def test_the_cgroups_own_pressure_is_measured(tmp_path: Path, root: str, members
     (cgroups / "memory.pressure").write_text("some avg10=99.00 avg60=0.00 avg300=0.00 total=0\n")
     (tmp_path / "pressure/memory").write_text("some avg10=3.00 avg60=0.00 avg300=0.00 total=0\n")
     (tmp_path / "meminfo").write_text("MemTotal:       1000 kB\nMemAvailable:    250 kB\n")
-    assert measured(membership, tmp_path) == Measured(pressure, 0.25)
+    assert measured(membership, tmp_path) == Shortage(pressure, 0.25)
 
 
 def test_a_machine_that_shows_nothing_has_no_pressure(tmp_path: Path) -> None:
-    assert measured("0::/../gone\n", tmp_path) == Measured()
+    assert measured("0::/../gone\n", tmp_path) == Shortage()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.rules import Rule, RuleSet, Settings
 from mthp.naming import Match, ProcessFacts
 
 REDIS = ProcessFacts(
@@ -41,12 +41,12 @@ def test_the_most_specific_rule_wins_and_denial_before_all() -> None:
     by_name = Rule("name", Match(comm=("redis-server",)), settings=Settings(policy="per-order"))
     by_exe = Rule("exe", Match(exe=("/usr/*",)), settings=Settings(policy="pmd-only"))
     rules = (by_uid, by_glob, by_name, by_exe)
-    assert Rules(rules).rule_for(REDIS) is by_exe
-    assert Rules(rules[:3]).rule_for(REDIS) is by_name
-    assert Rules(rules[:2]).rule_for(REDIS) is by_glob
+    assert RuleSet(rules).rule_for(REDIS) is by_exe
+    assert RuleSet(rules[:3]).rule_for(REDIS) is by_name
+    assert RuleSet(rules[:2]).rule_for(REDIS) is by_glob
     deny = Rule("deny", Match(uid=(1000,)), deny=True)
-    assert Rules((*rules, deny)).rule_for(REDIS) is deny
-    assert Rules(rules).rule_for(ProcessFacts(1, 1, comm="bash")) is None
+    assert RuleSet((*rules, deny)).rule_for(REDIS) is deny
+    assert RuleSet(rules).rule_for(ProcessFacts(1, 1, comm="bash")) is None
 
 
 @given(

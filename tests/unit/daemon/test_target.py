@@ -21,7 +21,7 @@ from daemon_stage import (
     small_stage,
 )
 from fakes import FakeSpace, page_runs
-from mthp.daemon.eagerness import Measured as Short
+from mthp.daemon.eagerness import Shortage
 from mthp.daemon.environment import SHORTEST_ROUND
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.rules import Rule, Settings
@@ -242,7 +242,7 @@ def test_what_is_out_of_reach_is_told_and_counted_now_and_then() -> None:
 
 
 def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = Short()
+    calm = Shortage()
     stage = Stage(HUGE, eagerness=0)
     given = trimming(monkeypatch, stage, lambda: calm)
     stage.steps(0.5)
@@ -255,13 +255,13 @@ def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: py
 
 
 def test_a_level_that_only_rises_from_0_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = Short()
+    now = Shortage()
     stage = Stage(HUGE, eagerness=5)
     given = trimming(monkeypatch, stage, lambda: now)
     stage.steps(60.0)
     assert given == []
     assert to_object(stage.target)["eagerness_level"] == 5.0
-    now = Short(pressure=0.2)
+    now = Shortage(pressure=0.2)
     stage.steps(5.0)
     assert len(given) == 1, "its own control group waits for memory, although the machine does not"
 
@@ -278,7 +278,7 @@ def test_a_trim_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.Mon
     assert stage.target.trim_at == stage.now + 10.0 / TRIM_SHARE
 
 
-def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Short]) -> list[float]:
+def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Shortage]) -> list[float]:
     """Return the times of trims, which go into a list that grows."""
     given: list[float] = []
     monkeypatch.setattr("mthp.daemon.target.measured", lambda *_: now())
@@ -303,7 +303,7 @@ def test_a_level_leaves_small_orders_out_and_never_all(
 ) -> None:
     present, none = int(Pte.PRESENT), 0
     runs = ((16, present, 0), (16, none, ORDER_NONE), (8, present, 0), (N - 40, none, ORDER_NONE))
-    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: Short())
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: Shortage())
     stage = small_stage("split", runs, orders="enabled" if by_switches else orders, eagerness=eagerness)
     stage.environment.switches = Switches("always", dict.fromkeys(orders, "inherit"))
     read = stage.process.read
@@ -314,7 +314,7 @@ def test_a_level_leaves_small_orders_out_and_never_all(
 
 
 def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = Short()
+    now = Shortage()
     monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: now)
     stage = Stage(HALF, FULL, eagerness=8)
     read = stage.process.read
@@ -327,7 +327,7 @@ def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypat
     assert sorted(stage.collapsed) == [0, 1]
     assert stage.target.left_out == ""
     assert stage.target.settings.trim is None
-    now = Short(pressure=0.2)
+    now = Shortage(pressure=0.2)
     stage.steps(3.0)
     assert stage.target.left_out == NOT_EAGER
     assert stage.target.settings.trim == 0.5

@@ -13,7 +13,7 @@ from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
 from mthp.daemon.kernel_settings import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
-from mthp.daemon.rules import Rules, Settings
+from mthp.daemon.rules import RuleSet, Settings
 from mthp.daemon.target import Target
 from mthp.daemon.target_state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.worker import Worker
@@ -75,7 +75,7 @@ class Stage:
         self.knobs.tunables = replace(self.knobs.tunables, pages_to_scan=pages_to_scan)
         self.environment = Environment(
             geometry=G,
-            configuration=Configuration(rules=Rules(()), pace=pace),
+            configuration=Configuration(rules=RuleSet(()), pace=pace),
             switches=self.knobs.switches,
             tunables=self.knobs.tunables,
             free=FreeFolios(NOWHERE, self.clock),
