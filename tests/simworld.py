@@ -9,7 +9,7 @@ from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm
-from mthp.sim.parts import Step
+from mthp.sim.parts import CollapseStep
 from mthp.sim.trace import Collapse, ScanPmd
 from mthp.tunables import Switches, Tunables
 
@@ -42,10 +42,10 @@ class World:
     def pfn(self, page: int) -> int:
         return int(self.mm.ptes(START + page * PAGE, 1).value[0])
 
-    def before(self, step: Step, action: Callable[[], object]) -> None:
+    def before(self, step: CollapseStep, action: Callable[[], object]) -> None:
         """Let `action` happen once, just before `step`."""
 
-        def hook(at: Step, mm: Mm, address: int, order: int) -> None:
+        def hook(at: CollapseStep, mm: Mm, address: int, order: int) -> None:
             if at is step:
                 self.machine.parts.hook = None
                 action()

@@ -41,7 +41,7 @@ def threads(space: AddressSpace) -> int:
 
 
 @runtime_checkable
-class Stopped(Protocol):
+class StopsThreads(Protocol):
     """An address space with threads that are stopped at times."""
 
     def take_pauses(self) -> list[int]: ...
@@ -49,7 +49,7 @@ class Stopped(Protocol):
 
 def take_pauses(space: AddressSpace) -> list[int]:
     """Return how long the threads of `space` were stopped, in nanoseconds, for each window since the last call."""
-    return space.take_pauses() if isinstance(space, Stopped) else []
+    return space.take_pauses() if isinstance(space, StopsThreads) else []
 
 
 @runtime_checkable

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.geometry import Geometry
-from mthp.ptes import Table
+from mthp.ptes import ColumnTable
 
 _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 @dataclass(frozen=True)
-class Outline(Table):
+class Outline(ColumnTable):
     """The PMD ranges that have contents, as columns, by ascending address.
 
     Attributes:

@@ -197,7 +197,7 @@ def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator
 
 
 @dataclass(frozen=True)
-class Table(Tabular):
+class ColumnTable(Tabular):
     """Base of dataclasses that are tables. All fields are arrays of the shape (rows,)."""
 
     DTYPES: ClassVar[tuple[type[np.generic], ...]]

@@ -6,7 +6,7 @@ A table is a dataclass, and a key of it is a field; the field's type defines how
 type                                   value
 =====================================  ==========================================================================
 ``Annotated[X, read]``                 a value that `read` accepts: a function that raises UsageError for all others
-``Annotated[X, "word"]``               the same, by the document's own reader of that name (:class:`Document`)
+``Annotated[X, "word"]``               the same, by the document's own reader of that name (:class:`TomlDocument`)
 ``bool``, ``str``, ``Literal[...]``    true or false; a text; one of some words
 ``tuple[X, ...]``                      one value, or a non-empty list of values
 ``X | None``                           X; TOML has no null
@@ -45,7 +45,7 @@ MAX_ERRORS = 20
 _T = TypeVar("_T")
 
 
-class Document:
+class TomlDocument:
     """A TOML file while it is read. Errors are collected until :meth:`check` raises all of them.
 
     Args:
@@ -60,7 +60,7 @@ class Document:
         self._errors: dict[tuple[Place, str, str], None] = {}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], readers: Mapping[str, Reader] | None = None) -> Document:
+    def load(cls, path: str | os.PathLike[str], readers: Mapping[str, Reader] | None = None) -> TomlDocument:
         """Read the file at `path`.
 
         Raises:
@@ -70,7 +70,7 @@ class Document:
         return cls(text, data, os.fspath(path), readers)
 
     @classmethod
-    def parse(cls, text: str, name: str, readers: Mapping[str, Reader] | None = None) -> Document:
+    def parse(cls, text: str, name: str, readers: Mapping[str, Reader] | None = None) -> TomlDocument:
         """Read a text.
 
         Raises:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
-from mthp.toml import Document, one_of, whole
+from mthp.toml import TomlDocument, one_of, whole
 
 TOP_WORDS = ("always", "madvise", "never")
 """Words of the top-level ``enabled`` file."""
@@ -167,7 +167,7 @@ class Switches:
         )
 
 
-def read_tunables(document: Document, geometry: Geometry) -> dict[str, int]:
+def read_tunables(document: TomlDocument, geometry: Geometry) -> dict[str, int]:
     """Return the values that the table ``[tunables]`` sets, by name."""
     limit = whole(0, geometry.ptes_per_pmd - 1)
     special = dict.fromkeys(LIMITS, limit) | {"pages_to_scan": whole(1), "defrag": whole(0, 1)}
@@ -175,7 +175,7 @@ def read_tunables(document: Document, geometry: Geometry) -> dict[str, int]:
     return document.values(("tunables",), {name: (name, special.get(name, whole())) for name in names})
 
 
-def read_switches(document: Document, geometry: Geometry) -> tuple[str | None, dict[int, str]]:
+def read_switches(document: TomlDocument, geometry: Geometry) -> tuple[str | None, dict[int, str]]:
     """Return the top-level word of the table ``[switches]``, None without one, and the words by order."""
     keys = {"enabled": ("enabled", one_of(*TOP_WORDS))}
     keys |= {geometry.label(order): (str(order), one_of(*SIZE_WORDS)) for order in geometry.anon_orders}

@@ -17,7 +17,7 @@ from mthp.linux.watch import ROUNDS
 from mthp.ptes import Pte
 from mthp.snapshot import Recording
 from mthp.snapshot.recorder import StepTaker
-from mthp.snapshot.recording import Step, _State
+from mthp.snapshot.recording import RecordingStep, _State
 from targets import MADV_COLLAPSE, MADV_FREE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
 from waiting import PATIENCE, until
 
@@ -49,7 +49,7 @@ class _Replay:
 
     def differs(self, address: int, size: int = SIZE) -> int:
         """Pages of which the recording says something else than a full reading now."""
-        told = self._state.space(Step(0, 0.0, 0.0, {}, 0)).read([(address, address + size)])
+        told = self._state.space(RecordingStep(0, 0.0, 0.0, {}, 0)).read([(address, address + size)])
         seen = self.space.read([(address, address + size)])
         return int(np.count_nonzero((told.state != seen.state) | (told.folio_order != seen.folio_order)))
 

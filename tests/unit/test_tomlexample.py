@@ -19,7 +19,7 @@ from mthp.lab import grid, scenario, tables
 from mthp.lab.grid import Grid, read_grid
 from mthp.lab.scenario import load_scenario
 from mthp.lab.workloads import MODELS
-from mthp.toml import Document, readers_of, text, whole
+from mthp.toml import TomlDocument, readers_of, text, whole
 from mthp.tomlexample import UNCOMMENTED, table_text
 from mthp.tunables import Switches, Tunables
 
@@ -52,7 +52,7 @@ def test_the_text_is_printed_without_any_other_argument(
         (Own, config.example, ("daemon",)),
         (Settings, config.example, ("defaults",)),
         (Grid, grid.example, ()),
-        (tables.Settings, scenario.example, ()),
+        (tables.TopLevelKeys, scenario.example, ()),
         (tables.MachineSettings, scenario.example, ("machine",)),
         (tables.FaultSettings, scenario.example, ("fault", 0)),
         (tables.TrimSettings, scenario.example, ("trim",)),
@@ -64,7 +64,7 @@ def test_every_key_of_a_table_is_there_with_its_default(
     kind: Any, example: Callable[[], str], place: tuple[str | int, ...]
 ) -> None:
     data: Any = uncommented(example())
-    document = Document("", data, "example", READERS)
+    document = TomlDocument("", data, "example", READERS)
     for part in place:
         data = data[part]
     assert readers_of(kind).keys() <= data.keys()
@@ -95,7 +95,7 @@ def test_a_scenario_and_a_grid_that_are_printed_can_be_used(tmp_path: Path) -> N
     assert read_grid(tmp_path / "grid.toml") == Grid(("rfc", "mainline", "no-creep"))
     (tmp_path / "scenario.toml").write_text(scenario.example())
     loaded = load_scenario(tmp_path / "scenario.toml")
-    assert loaded.settings == tables.Settings(duration=60.0)
+    assert loaded.settings == tables.TopLevelKeys(duration=60.0)
     assert (loaded.machine, loaded.faults, loaded.trim) == (tables.MachineSettings(), (), None)
     ((settings, model),) = [(each.settings, each.model) for each in loaded.processes]
     assert (settings.name, model) == ("redis", MODELS["redis"]())

@@ -14,7 +14,7 @@ from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_in_file, policy_named
 from mthp.errors import UsageError
 from mthp.sim.golden.cases import case_lines, parse_case
-from mthp.sim.golden.conformance import APART, CaseReport, Replay, replay_case
+from mthp.sim.golden.conformance import APART, CaseReport, ReplayTotals, replay_case
 
 SHOWN_CASES = 20
 """Differing cases that are printed; the JSON object has them all."""
@@ -41,7 +41,7 @@ def replay_command(context: click.Context, files: tuple[str, ...], policy: str |
     result, the trace events, the counters and the contents are compared after each pass. Exit code 1 if any differ.
     Cases that depend on unrecorded state are counted apart, by name.
     """
-    totals = Replay(files)
+    totals = ReplayTotals(files)
     chosen = None if policy is None else policy_in_file(policy) if ".py:" in policy else policy_named(policy)
     out = console()
     for file in files:

@@ -35,7 +35,7 @@ OBJECTS = {
     "sweep": [["mthp.lab.sweep:SweepReport"]],
     "simulate": [["mthp.lab.simulation:Simulation"]],
     "report": [["mthp.cli.report_command:Written"]],
-    "conformance": [["mthp.sim.golden.conformance:Replay"]],
+    "conformance": [["mthp.sim.golden.conformance:ReplayTotals"]],
     "demo": [["mthp.demo.story:Story"]],
 }
 """Classes of each command's output: alternative objects, each with the keys of one or two classes. By name, so that

@@ -82,7 +82,7 @@ class Each(Generic[R]):
         ]
 
 
-class OnMachine(Protocol):
+class WithGeometry(Protocol):
     """A result with the geometry of its machine."""
 
     @property
@@ -97,7 +97,7 @@ def print_each(each: Each[Any], table: Table, remarks: Sequence[str] = ()) -> No
     note(out, [*remarks, *helps])
 
 
-def common_geometry(results: Iterable[OnMachine]) -> Geometry:
+def common_geometry(results: Iterable[WithGeometry]) -> Geometry:
     """Return the geometry of the machine of all `results`; of this machine if there are none.
 
     Raises:

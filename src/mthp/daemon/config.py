@@ -18,7 +18,7 @@ from mthp.daemon.rules import Limit, Rule, RuleSet, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.naming import Match
-from mthp.toml import Document, Reader, flag, positive, readers_of, text, whole
+from mthp.toml import Reader, TomlDocument, flag, positive, readers_of, text, whole
 from mthp.tomlexample import attributes, commented, table_text, values_text
 from mthp.tomllines import Place
 from mthp.tunables import LIMITS, Switches, Tunables, read_switches, read_tunables
@@ -193,7 +193,7 @@ def load_configuration(path: Path, geometry: Geometry) -> Configuration:
         UsageError: a file cannot be read, is not TOML, or has an invalid value; or a key is set twice.
     """
     paths = configuration_files(path)
-    return _configuration([Document.load(each, _readers(geometry)) for each in paths], geometry, str(path))
+    return _configuration([TomlDocument.load(each, _readers(geometry)) for each in paths], geometry, str(path))
 
 
 def parse_configuration(text: str, geometry: Geometry, name: str = "configuration") -> Configuration:
@@ -206,7 +206,7 @@ def parse_configuration(text: str, geometry: Geometry, name: str = "configuratio
         UsageError: the text is not TOML, or has an invalid value.
     """
     with named(name):
-        document = Document.parse(text, name, _readers(geometry))
+        document = TomlDocument.parse(text, name, _readers(geometry))
     return _configuration([document], geometry, name)
 
 
@@ -216,7 +216,7 @@ def configuration_of(data: dict[str, Any], geometry: Geometry, name: str = "conf
     Raises:
         UsageError: a value is invalid.
     """
-    return _configuration([Document("", data, name, _readers(geometry))], geometry, name)
+    return _configuration([TomlDocument("", data, name, _readers(geometry))], geometry, name)
 
 
 def _readers(geometry: Geometry) -> dict[str, Reader]:
@@ -228,7 +228,7 @@ def _readers(geometry: Geometry) -> dict[str, Reader]:
     return {"orders": orders, "limit": whole(0, geometry.ptes_per_pmd - 1)}
 
 
-def _configuration(documents: Sequence[Document], geometry: Geometry, name: str) -> Configuration:
+def _configuration(documents: Sequence[TomlDocument], geometry: Geometry, name: str) -> Configuration:
     defaults: dict[str, Any] = {}
     own: dict[str, Any] = {}
     tunables: dict[str, int] = {}
@@ -255,9 +255,9 @@ def _configuration(documents: Sequence[Document], geometry: Geometry, name: str)
 _TABLES = ("daemon", "tunables", "switches", "defaults")
 
 
-def _refuse_doubles(documents: Sequence[Document], geometry: Geometry) -> None:
+def _refuse_doubles(documents: Sequence[TomlDocument], geometry: Geometry) -> None:
     """Record an error for every key that two files set."""
-    first: dict[tuple[str, str | int], tuple[Document, str]] = {}
+    first: dict[tuple[str, str | int], tuple[TomlDocument, str]] = {}
     for document in documents:
         for table in _TABLES:
             for key in document.keys(table):
@@ -272,7 +272,7 @@ def _refuse_doubles(documents: Sequence[Document], geometry: Geometry) -> None:
                     document.refuse((table, key), twice, help="remove one of them")
 
 
-def _rule(document: Document, place: Place, defaults: Settings) -> Rule:
+def _rule(document: TomlDocument, place: Place, defaults: Settings) -> Rule:
     number = int(place[-1]) + 1
     keys: dict[str, tuple[str, Reader | str]] = {
         "name": ("name", text),

@@ -61,7 +61,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class DataCheck:
     """Result of reading all the data; equal before and after a collapse.
 
     Attributes:
@@ -165,13 +165,13 @@ class Workload(Closing):
         """
         return Measurement(**self._ask({"cmd": "measure", "seconds": seconds}, seconds))
 
-    def verify(self) -> Verification:
+    def verify(self) -> DataCheck:
         """Have the workload read all its data, and return the result.
 
         Raises:
             MthpError: the workload ended, or does not answer.
         """
-        return Verification(**self._ask({"cmd": "verify"}))
+        return DataCheck(**self._ask({"cmd": "verify"}))
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[list[Durations]]:

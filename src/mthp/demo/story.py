@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mthp.abilities import move_refusals
-from mthp.demo.client import Measurement, Verification, Workload, fit_size
+from mthp.demo.client import DataCheck, Measurement, Workload, fit_size
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
@@ -210,7 +210,7 @@ class _Telling:
         story.intact = self._contents("after") == contents and all(one.intact for one in contents)
         return story
 
-    def _contents(self, when: str) -> list[Verification]:
+    def _contents(self, when: str) -> list[DataCheck]:
         found = []
         for number, side in enumerate((self._small, self._huge)):
             self._progress(f"reading all data {when}", number, 2)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.ptes import Table
+from mthp.ptes import ColumnTable
 from mthp.results import ScanResult
 
 
 @dataclass(frozen=True)
-class Attempts(Table):
+class Attempts(ColumnTable):
     """Runs that a collapse tries, one row each, in the order in which the kernel tries them.
 
     Attributes:

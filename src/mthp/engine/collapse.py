@@ -16,7 +16,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import SpacePlan
-from mthp.engine.visited import Clock
+from mthp.engine.visited import RestClock
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -38,7 +38,7 @@ def collapse_space(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
-    clock: Clock | None = None,
+    clock: RestClock | None = None,
 ) -> CollapseReport:
     """Plan `space` and carry the plan out.
 
@@ -127,7 +127,7 @@ def carry_out(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
-    clock: Clock | None = None,
+    clock: RestClock | None = None,
 ) -> CollapseReport:
     """Carry out `plan`.
 

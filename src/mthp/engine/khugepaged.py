@@ -17,7 +17,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.scanner import Listener, Scanner
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.visit import Visit
-from mthp.engine.visited import Clock, WallClock
+from mthp.engine.visited import RestClock, WallClock
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
 from mthp.tunables import Tunables
@@ -50,7 +50,7 @@ class Khugepaged(Scanner):
         self,
         *,
         tunables: Tunables | Callable[[], Tunables] | None = None,
-        clock: Clock | None = None,
+        clock: RestClock | None = None,
         listener: Listener | None = None,
         **options: Any,
     ) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.freememory import FreeMemory
-from mthp.ptes import Table
+from mthp.ptes import ColumnTable
 
 
 class Limit(enum.Enum):
@@ -32,7 +32,7 @@ class Limit(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Steps(Table):
+class Steps(ColumnTable):
     """Steps of a plan, the blocks of one order together, as columns of pages.
 
     Attributes:

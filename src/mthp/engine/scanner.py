@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mthp.engine.visited import Clock, Passage, VisitedSpace, WallClock
+from mthp.engine.visited import Passage, RestClock, VisitedSpace, WallClock
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
@@ -98,7 +98,7 @@ class Scanner:
     """
 
     def __init__(
-        self, tunables: Callable[[], Tunables], clock: Clock | None = None, listener: Listener | None = None
+        self, tunables: Callable[[], Tunables], clock: RestClock | None = None, listener: Listener | None = None
     ) -> None:
         self._tunables = tunables
         self._clock = clock or WallClock()

@@ -15,7 +15,7 @@ from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.heat import Heat, worth
 from mthp.measuring import Scope
 from mthp.metrics import Coverage
-from mthp.ptes import Table
+from mthp.ptes import ColumnTable
 from mthp.results import ScanResult
 from mthp.tabular import Tabular
 from mthp.tunables import Tunables
@@ -23,7 +23,7 @@ from mthp.vma import Vma
 
 
 @dataclass(frozen=True)
-class Ranges(Table):
+class Ranges(ColumnTable):
     """The scanned PMD ranges, and parts of them, as columns, by ascending address.
 
     Attributes:
@@ -44,7 +44,7 @@ class Ranges(Table):
 
 
 @dataclass(frozen=True)
-class Folios(Table):
+class Folios(ColumnTable):
     """The folios that would be made, as columns, by ascending address.
 
     Attributes:

@@ -26,7 +26,7 @@ from mthp.engine.filled import FilledPages
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes
-from mthp.engine.visited import Clock, Found, Passage, WallClock, folio_pages
+from mthp.engine.visited import NextRanges, Passage, RestClock, WallClock, folio_pages
 from mthp.engine.walk import Walk
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
@@ -102,7 +102,7 @@ class Visit:
         *,
         admit: Admit | None = None,
         choose: Choose | None = None,
-        clock: Clock | None = None,
+        clock: RestClock | None = None,
         count_folios: bool = False,
     ) -> None:
         self.space = space
@@ -196,16 +196,16 @@ class Visit:
         has_room = any(vma.kind is VmaKind.ANON and vma.size >= geometry.pmd_size for vma in vmas)
         return _Listing(now, thp_disabled, areas, passed + len(vmas) - behind, refused, has_room)
 
-    def find(self, address: int) -> Found:
+    def find(self, address: int) -> NextRanges:
         if address == 0 and self._served:
             # A new round must see mappings that are newer than the last one.
             self.forget()
         listing, self._served = self._listing(), address > 0
         at = bisect_right(listing.areas, address, key=lambda area: area.end)
         if at == len(listing.areas):
-            return Found(listing.passed_behind, None)
+            return NextRanges(listing.passed_behind, None)
         area = listing.areas[at]
-        return Found(area.passed if address <= area.start else 0, (max(address, area.start), area.end))
+        return NextRanges(area.passed if address <= area.start else 0, (max(address, area.start), area.end))
 
     def _area(self, address: int) -> _Area | None:
         areas = self._listing().areas

@@ -22,7 +22,7 @@ from mthp.results import BlockOutcome, ScanResult
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class NextRanges:
     """The next PMD ranges of an address space that may be collapsed.
 
     Attributes:
@@ -109,7 +109,7 @@ class VisitedSpace(Protocol):
     def thp_disabled(self) -> bool:
         """Whether the process switched THP off for itself."""
 
-    def find(self, address: int) -> Found:
+    def find(self, address: int) -> NextRanges:
         """Return the next PMD ranges at or behind `address` that may be collapsed."""
 
     def scan(self, stretch: Segment, budget: int) -> Passage:
@@ -122,7 +122,7 @@ class VisitedSpace(Protocol):
         """Called when khugepaged drops this space."""
 
 
-class Clock(Protocol):
+class RestClock(Protocol):
     """The time of a machine."""
 
     def now(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.report import CollapseReport
-from mthp.engine.visited import Clock, WallClock
+from mthp.engine.visited import RestClock, WallClock
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Means
 from mthp.measuring import measure
@@ -44,7 +44,7 @@ class Work:
         total: int,
         progress: Progress | None,
         stop: Callable[[], bool],
-        clock: Clock | None = None,
+        clock: RestClock | None = None,
     ) -> None:
         self.clock = clock or WallClock()
         self.space = space

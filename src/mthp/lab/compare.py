@@ -20,7 +20,7 @@ from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
-from mthp.lab.evaluate import Outcome, Progress, evaluate
+from mthp.lab.evaluate import Evaluation, Progress, evaluate
 from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, order_column, share
 from mthp.lab.heated import accesses_of
 from mthp.lab.replay import Accesses, misses, walks_at
@@ -59,7 +59,7 @@ class Comparison(Tabular):
 
     label: str
     geometry: Geometry
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Evaluation, ...]
     covered: int
     processor: Processor
     costs: Costs
@@ -71,7 +71,7 @@ class Comparison(Tabular):
 
     @property
     def rows(self) -> list[Row]:
-        """One row for every setting and scan, the state before included: see :meth:`Outcome.rows`.
+        """One row for every setting and scan, the state before included: see :meth:`Evaluation.rows`.
 
         They also have the columns ``setting``, the setting's name, and ``coverage``; with a trace also ``tlb_misses``,
         for the state before and after the last scan, None in between.
@@ -103,7 +103,7 @@ class Comparison(Tabular):
         differing = [key for key in keys if len({row[key] for row in rows}) > 1]
         return [" ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows]
 
-    def coverage(self, outcome: Outcome, scan: int = -1) -> float:
+    def coverage(self, outcome: Evaluation, scan: int = -1) -> float:
         """Return the share of the resident memory that is covered after a scan, by default the last."""
         counts = outcome.scans[scan]
         # A folio of the PMD order counts only if a PMD entry maps it: PTEs may map it, too.
@@ -224,7 +224,7 @@ class Comparison(Tabular):
         return format_size(pages * self.geometry.page_size)
 
 
-def _settled(outcome: Outcome) -> int:
+def _settled(outcome: Evaluation) -> int:
     """Return the number of the last scan that added memory."""
     scans = outcome.scans
     return max(index for index in range(1, len(scans)) if scans[index].filled > scans[index - 1].filled)

@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Evaluation:
     """The states of a target under one setting.
 
     Attributes:
@@ -145,7 +145,7 @@ def evaluate(
     contents: bool = False,
     heat: Heat | None = None,
     progress: Progress | None = None,
-) -> list[Outcome]:
+) -> list[Evaluation]:
     """Take the memory of `space` through scans under each of some settings.
 
     Args:
@@ -255,9 +255,9 @@ class _Course:
         length = max(len(self.scans), len(block))
         self.scans = [scan_at(self.scans, index) + scan_at(block, index) for index in range(length)]
 
-    def outcome(self, length: int, *, heated: bool) -> Outcome:
+    def outcome(self, length: int, *, heated: bool) -> Evaluation:
         scans = tuple(scan_at(self.scans, index) for index in range(length))
-        return Outcome(self.options, self.maker.name, self.base, scans, heated)
+        return Evaluation(self.options, self.maker.name, self.base, scans, heated)
 
 
 def _read(

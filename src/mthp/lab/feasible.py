@@ -10,7 +10,7 @@ from typing import Any
 from mthp.bounded import Bound
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.lab.tables import MachineSettings, ProcessPlan, Settings, TrimSettings
+from mthp.lab.tables import MachineSettings, ProcessPlan, TopLevelKeys, TrimSettings
 from mthp.units import format_size
 
 BYTES_PER_PAGE = 20
@@ -62,7 +62,7 @@ def _check_memory(place: str, machine: MachineSettings, needed: int) -> None:
         )
 
 
-def check_trims(trim: TrimSettings | None, settings: Settings) -> None:
+def check_trims(trim: TrimSettings | None, settings: TopLevelKeys) -> None:
     """Refuse more trims than can be simulated.
 
     Raises:
@@ -73,7 +73,7 @@ def check_trims(trim: TrimSettings | None, settings: Settings) -> None:
 
 
 def check_processes(
-    processes: Sequence[ProcessPlan], machine: MachineSettings, settings: Settings, geometry: Geometry
+    processes: Sequence[ProcessPlan], machine: MachineSettings, settings: TopLevelKeys, geometry: Geometry
 ) -> None:
     """Refuse processes if they are too many, map too much, or their results would take too much memory.
 

@@ -13,7 +13,7 @@ from mthp.engine.policy_lookup import known_policy
 from mthp.engine.select import PlanOptions
 from mthp.lab.compare import settings_of
 from mthp.lab.tlb import known_processor
-from mthp.toml import Document, whole
+from mthp.toml import TomlDocument, whole
 from mthp.tomlexample import commented, table_text
 
 SETTINGS = Bound(1 << 14, "settings of a grid")
@@ -99,7 +99,7 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     Raises:
         UsageError: a missing file, not TOML, an unknown key, a value of the wrong kind, or an unknown policy.
     """
-    document = Document.load(path)
+    document = TomlDocument.load(path)
     grid = document.table(Grid)
     document.check()
     assert grid is not None

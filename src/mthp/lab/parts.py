@@ -18,7 +18,7 @@ from mthp.files import writing
 _OURS = re.compile(r"[0-9a-f]{32}\.(arrow|tmp)")
 
 
-class Parts(Closing):
+class PartsDirectory(Closing):
     """An open directory of parts. A context manager.
 
     Args:

@@ -26,7 +26,7 @@ Accesses = Callable[[], Iterable[NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedFolios:
     """The mapping of pages in large folios, by ascending page number. All others are base pages.
 
     Attributes:
@@ -49,7 +49,7 @@ class Mapped:
         return np.where(there, self.order[at], np.int8(0)), there & self.huge[at]
 
 
-def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -> Mapped:
+def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -> MappedFolios:
     """Return how the large folios of `space` are mapped after some scans under one setting.
 
     Args:
@@ -61,7 +61,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
     """
     maker, base = Maker.named(options.policy), base_rules(space, options)
     jobs, _ = jobs_of(space, options, base)
-    parts: list[Mapped] = []
+    parts: list[MappedFolios] = []
     granule = space.geometry.pmd_size
     for job in jobs:
         for block in in_blocks(space.populated(job.segments, granule), BLOCK_RANGES * granule):
@@ -74,16 +74,16 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
     huge = np.concatenate([part.huge for part in parts] or [np.empty(0, np.bool_)])
     # Mappings of different jobs alternate in the address space.
     by_page = np.argsort(page)
-    return Mapped(page[by_page], order[by_page], huge[by_page])
+    return MappedFolios(page[by_page], order[by_page], huge[by_page])
 
 
-def _large(first: NDArray[np.uint64], planes: Planes) -> Mapped:
+def _large(first: NDArray[np.uint64], planes: Planes) -> MappedFolios:
     """Return the pages of large folios in the PMD ranges that begin at the page numbers `first`."""
     if planes.folio_order is None:
-        return Mapped(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.bool_))
+        return MappedFolios(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.bool_))
     rows, offsets = np.nonzero((planes.folio_order > 0) & planes.occupied)
     huge = np.zeros(len(first), np.bool_) if planes.pmd_mapped is None else planes.pmd_mapped
-    return Mapped(first.astype(np.int64)[rows] + offsets, planes.folio_order[rows, offsets], huge[rows])
+    return MappedFolios(first.astype(np.int64)[rows] + offsets, planes.folio_order[rows, offsets], huge[rows])
 
 
 def misses(
@@ -110,7 +110,7 @@ def walks_at(scan: int, last: int, before: TlbCounts, after: TlbCounts) -> int |
     return before.walks if scan == 0 else after.walks if scan == last else None
 
 
-def replayed(accesses: Accesses, mapped: Mapped, processor: Processor, page_size: int) -> TlbCounts:
+def replayed(accesses: Accesses, mapped: MappedFolios, processor: Processor, page_size: int) -> TlbCounts:
     """Return the counts of a trace on a TLB that is empty at first."""
     tlb = Tlb(processor, page_size)
     for pages in accesses():

@@ -20,11 +20,11 @@ from mthp.lab.tables import (
     ProcessPlan,
     ProcessSettings,
     Scenario,
-    Settings,
+    TopLevelKeys,
     TrimSettings,
 )
 from mthp.lab.workloads import MODELS
-from mthp.toml import Document, readers_of, text
+from mthp.toml import TomlDocument, readers_of, text
 from mthp.tomlexample import attributes, commented, summary, table_text, values_text
 from mthp.tomllines import Place
 from mthp.tunables import Switches, Tunables, read_switches, read_tunables
@@ -39,7 +39,7 @@ def example() -> str:
     first, *others = (_process_text(name) for name in MODELS)
     return "\n".join(
         [
-            commented(_ABOVE) + table_text(Settings, "", examples={"duration": "60s"}),
+            commented(_ABOVE) + table_text(TopLevelKeys, "", examples={"duration": "60s"}),
             table_text(MachineSettings, "[machine]"),
             values_text("[switches]", words, attributes(Switches)),
             values_text("[tunables]", dataclasses.asdict(tunables) | {"defrag": 1}, attributes(Tunables)),
@@ -81,7 +81,7 @@ def load_scenario(path: Path) -> Scenario:
         )
         raise UsageError(f"{path}: not TOML, and not text", help=remedy)
     # Files are relative to the scenario.
-    return _scenario(Document.load(path, {"file": lambda value: str(path.parent / text(value))}), path)
+    return _scenario(TomlDocument.load(path, {"file": lambda value: str(path.parent / text(value))}), path)
 
 
 def _is_foreign(path: Path) -> bool:
@@ -93,8 +93,8 @@ def _is_foreign(path: Path) -> bool:
 _TABLES = ("machine", "switches", "tunables", "process", "fault", "trim")
 
 
-def _scenario(document: Document, path: Path) -> Scenario:
-    settings = document.table(Settings, beside=_TABLES)
+def _scenario(document: TomlDocument, path: Path) -> Scenario:
+    settings = document.table(TopLevelKeys, beside=_TABLES)
     machine = document.table(MachineSettings, "machine") or MachineSettings()
     trim = document.table(TrimSettings, "trim") if document.value("trim") is not None else None
     geometry, default = geometry_named(machine.geometry), Switches.defaults(geometry_named(machine.geometry))
@@ -136,7 +136,7 @@ def _scenario(document: Document, path: Path) -> Scenario:
     )
 
 
-def _process(document: Document, place: Place) -> ProcessPlan | None:
+def _process(document: TomlDocument, place: Place) -> ProcessPlan | None:
     model = MODELS.get(str(document.value(*place, "workload")))
     theirs = () if model is None else tuple(readers_of(model))
     settings = document.table(ProcessSettings, *place, beside=theirs)
@@ -150,7 +150,7 @@ def _process(document: Document, place: Place) -> ProcessPlan | None:
     return ProcessPlan(dataclasses.replace(settings, name=settings.name or settings.workload), parameters)
 
 
-def _fault(document: Document, place: Place, names: Sequence[str] | None) -> FaultSettings | None:
+def _fault(document: TomlDocument, place: Place, names: Sequence[str] | None) -> FaultSettings | None:
     fault = document.table(FaultSettings, *place)
     if fault and fault.kind != "fragment" and names is not None and fault.process not in names:
         called = f"names a process that does not exist: {fault.process!r}"

@@ -25,7 +25,7 @@ from mthp.lab.evaluate import evaluate
 from mthp.lab.figures import METRICS, Row
 from mthp.lab.grid import Grid
 from mthp.lab.heated import accesses_of
-from mthp.lab.parts import Parts
+from mthp.lab.parts import PartsDirectory
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor
 from mthp.measuring import out_of_reach_bytes
@@ -136,7 +136,7 @@ def sweep(
     target = Path(output)
     keys = {name: _key(name, path, grid) for name, path in inputs}
     report = SweepReport("", len(inputs), len(grid.settings()))
-    with Parts(target.with_name(target.name + PARTS_SUFFIX)) as parts:
+    with PartsDirectory(target.with_name(target.name + PARTS_SUFFIX)) as parts:
         todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not _done(parts, keys[name])]
         report.resumed = report.done = len(inputs) - len(todo)
         # Closing ends the workers, also after an error.
@@ -164,7 +164,7 @@ def sweep(
     return report
 
 
-def _done(parts: Parts, key: str) -> bool:
+def _done(parts: PartsDirectory, key: str) -> bool:
     """Return whether an earlier run did the task."""
     # A part that a power failure cut short is done again.
     if key not in parts:
@@ -281,7 +281,7 @@ def _key(name: str, path: Path, grid: Grid) -> str:
     return hashlib.sha256(repr((__version__, name, state, grid.text())).encode()).hexdigest()[:32]
 
 
-def _merge(parts: Parts, keys: Sequence[str], target: Path, *, overwrite: bool) -> int:
+def _merge(parts: PartsDirectory, keys: Sequence[str], target: Path, *, overwrite: bool) -> int:
     """Write the tables called `keys`, in that order, to `target`; return the number of rows."""
     arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
     schema = arrow.unify_schemas([_opened(parts, key).schema for key in keys]) if keys else arrow.schema([])
@@ -299,5 +299,5 @@ def _merge(parts: Parts, keys: Sequence[str], target: Path, *, overwrite: bool) 
     return rows
 
 
-def _opened(parts: Parts, key: str) -> Any:
+def _opened(parts: PartsDirectory, key: str) -> Any:
     return pyarrow("pyarrow.ipc").open_file(io.BytesIO(parts.read(key)))

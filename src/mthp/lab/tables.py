@@ -111,7 +111,7 @@ class ProcessPlan:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TopLevelKeys:
     """The keys above all tables.
 
     Attributes:
@@ -145,7 +145,7 @@ class Scenario:
 
     path: str
     text: str
-    settings: Settings
+    settings: TopLevelKeys
     machine: MachineSettings
     processes: tuple[ProcessPlan, ...]
     faults: tuple[FaultSettings, ...]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.trim import TrimOptions, trim_space
-from mthp.engine.visited import Clock, Passage, VisitedSpace
+from mthp.engine.visited import Passage, RestClock, VisitedSpace
 from mthp.lab.makers import Maker
 from mthp.lab.tables import TrimSettings
 from mthp.lab.workloads.program import Program
@@ -28,7 +28,7 @@ class Upkeep:
         trim_ns: simulated nanoseconds that the trims took.
     """
 
-    def __init__(self, machine: Machine, maker: Maker, time: Clock) -> None:
+    def __init__(self, machine: Machine, maker: Maker, time: RestClock) -> None:
         self.given_back_bytes = 0
         self.trim_ns = 0
         self.khugepaged: Khugepaged | None = None

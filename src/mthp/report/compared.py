@@ -13,7 +13,7 @@ from mthp.geometry import Geometry
 from mthp.lab.compare import Comparison
 from mthp.lab.figures import order_column
 from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
-from mthp.report.document import Cell, Section, Table, figures
+from mthp.report.document import Cell, ReportTable, Section, figures
 from mthp.report.kinds import Kinds
 from mthp.units import format_size, percent
 
@@ -181,7 +181,7 @@ def _bars(compared: Compared) -> BarChart:
     )
 
 
-def _table(compared: Compared) -> Table:
+def _table(compared: Compared) -> ReportTable:
     # Columns without any value are left out.
     seen = [name for name in _BY_HEAT if any(row.get(name) is not None for row in compared.last)]
     rows = [
@@ -206,7 +206,7 @@ def _table(compared: Compared) -> Table:
         *by_heat,
         "frontier",
     )
-    return Table("All settings in figures", columns, rows, folded=len(rows) > 12)
+    return ReportTable("All settings in figures", columns, rows, folded=len(rows) > 12)
 
 
 _BY_HEAT: Mapping[str, tuple[str, Callable[[Any], str]]] = {
@@ -216,7 +216,7 @@ _BY_HEAT: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 """Heads and formats of the columns of a target with observed accesses."""
 
 
-def _creep_table(compared: Compared) -> Table:
+def _creep_table(compared: Compared) -> ReportTable:
     added: dict[str, dict[int, int]] = {}
     for row in compared.rows:
         if row["scan"]:
@@ -226,4 +226,4 @@ def _creep_table(compared: Compared) -> Table:
         (Cell(name), *figures(*(format_size(by_scan.get(scan, 0)) for scan in scans)))
         for name, by_scan in added.items()
     ]
-    return Table("Memory added by each scan", ("setting", *(f"scan {scan}" for scan in scans)), rows, folded=True)
+    return ReportTable("Memory added by each scan", ("setting", *(f"scan {scan}" for scan in scans)), rows, folded=True)

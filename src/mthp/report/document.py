@@ -24,7 +24,7 @@ def figures(*texts: str) -> list[Cell]:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """A table.
 
     Attributes:
@@ -74,7 +74,7 @@ class Section:
     maps: Sequence[MemoryMap] = ()
     bars: Sequence[BarChart] = ()
     charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[ReportTable] = ()
     remarks: Sequence[str] = ()
 
 

@@ -19,7 +19,7 @@ from mthp.geometry import Geometry
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.metrics import out_of_reach_remark
 from mthp.report import compared, timeline
-from mthp.report.document import Cell, Command, Document, Figure, Section, Table, figures
+from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section, figures
 from mthp.report.memorymap import MemoryMap, make_map
 from mthp.report.timeline import Timeline
 from mthp.units import format_size, percent
@@ -234,9 +234,9 @@ def _plan_section(plan: SpacePlan) -> Section:
         "The plan",
         f"{lead} {reach[:1].upper()}{reach[1:]}{'.' if reach else ''}".rstrip(),
         tables=(
-            Table("Folios to be made", ("size", "folios", "bytes"), sizes),
-            Table(f"PMD ranges of {_pmd(geometry)} by outcome", ("result", "ranges", "meaning"), results),
-            Table("Left alone", ("resident", "bytes", "mappings", "reason"), left, folded=True),
+            ReportTable("Folios to be made", ("size", "folios", "bytes"), sizes),
+            ReportTable(f"PMD ranges of {_pmd(geometry)} by outcome", ("result", "ranges", "meaning"), results),
+            ReportTable("Left alone", ("resident", "bytes", "mappings", "reason"), left, folded=True),
         ),
     )
 
@@ -267,9 +267,9 @@ def _mappings_section(census: Census) -> Section:
     return Section(
         "Composition",
         tables=(
-            Table("Resident memory by folio size", ("folio size", "bytes", "share", "anonymous"), sizes),
-            Table("States of pages", ("state", "bytes"), states, folded=True),
-            Table(f"Mappings: the largest {len(rows)} of {len(census.vmas)}", columns, rows, folded=True),
+            ReportTable("Resident memory by folio size", ("folio size", "bytes", "share", "anonymous"), sizes),
+            ReportTable("States of pages", ("state", "bytes"), states, folded=True),
+            ReportTable(f"Mappings: the largest {len(rows)} of {len(census.vmas)}", columns, rows, folded=True),
         ),
     )
 

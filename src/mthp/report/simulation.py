@@ -9,7 +9,7 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.lab.figures import METRICS
 from mthp.report.charts import MARKS, Chart, Series, chart
-from mthp.report.document import Cell, Command, Document, Section, Table, figures
+from mthp.report.document import Cell, Command, Document, ReportTable, Section, figures
 from mthp.units import format_size, percent
 
 Row = Mapping[str, Any]
@@ -81,7 +81,7 @@ def _verdict(last: Mapping[str, Row], geometry: Geometry) -> str:
 def _over_time(whole: Sequence[Row]) -> Section:
     # A chart of nothing but 0 is left out.
     charts = [_chart(whole, name, title, unit) for name, title, unit in CHARTS if any(row[name] for row in whole)]
-    table = Table(
+    table = ReportTable(
         "Sample by sample",
         ("policy", "seconds", *(name for name, _, _ in CHARTS)),
         [
@@ -134,9 +134,9 @@ def _processes(rows: Sequence[Row], last: Mapping[str, Row]) -> Section:
         if row["process"] and row["seconds"] == last[row["policy"]]["seconds"]
     ]
     columns = ("policy", "process", "resident", "mapped by PMD entries", "in large folios")
-    return Section("The processes at the end", tables=(Table("Process by process", columns, cells),))
+    return Section("The processes at the end", tables=(ReportTable("Process by process", columns, cells),))
 
 
-def _text(scenario: str) -> Table:
+def _text(scenario: str) -> ReportTable:
     lines = [(Cell(str(number), figure=True), Cell(line)) for number, line in enumerate(scenario.splitlines(), 1)]
-    return Table("Line by line", ("line", "text"), lines, folded=True)
+    return ReportTable("Line by line", ("line", "text"), lines, folded=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mthp.geometry import Geometry
 from mthp.report.compared import Compared, section
-from mthp.report.document import Cell, Command, Document, Figure, Section, Table, figures
+from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section, figures
 from mthp.units import format_size, percent
 
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ def _beats(one: Row, other: Row) -> bool:
     )
 
 
-def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> Table:
+def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> ReportTable:
     names = list(dict.fromkeys(row["setting"] for row in sums))
     last: dict[int, dict[str, Row]] = {}
     for row in rows:
@@ -77,4 +77,4 @@ def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> Table:
         bloat = np.percentile([row["bloat_share"] for row in inputs.values()], [0, 50, 100])
         cells.append((Cell(name), *figures(*(percent(float(value)) for value in (*coverage, *bloat)))))
     columns = ("setting", "coverage, least", "median", "most", "bloat, least", "median", "most")
-    return Table("Coverage and bloat of single inputs", columns, cells)
+    return ReportTable("Coverage and bloat of single inputs", columns, cells)

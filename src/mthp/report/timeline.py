@@ -9,7 +9,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import take_census
 from mthp.geometry import Geometry
 from mthp.report.charts import Chart, Series, chart
-from mthp.report.document import Section, Table, figures
+from mthp.report.document import ReportTable, Section, figures
 from mthp.report.memorymap import make_map
 from mthp.units import format_size, percent
 
@@ -136,7 +136,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
     return coverage, memory
 
 
-def _table(timeline: Timeline, geometry: Geometry) -> Table:
+def _table(timeline: Timeline, geometry: Geometry) -> ReportTable:
     rows = [
         figures(
             f"{moment.seconds:g}",
@@ -147,7 +147,7 @@ def _table(timeline: Timeline, geometry: Geometry) -> Table:
     ]
     pmd, base = geometry.label(geometry.pmd_order), geometry.label(0)
     columns = ("seconds", "resident", "anonymous", f"mapped as {pmd}", f"above {base}")
-    return Table("Moment by moment", columns, rows, folded=True)
+    return ReportTable("Moment by moment", columns, rows, folded=True)
 
 
 def _time(seconds: float) -> str:

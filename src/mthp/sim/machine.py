@@ -24,7 +24,7 @@ from mthp.sim.address_space.calls import ADDRESS_LIMIT, SystemCalls
 from mthp.sim.address_space.touch import Touched, touch
 from mthp.sim.allocation.fragment import fragment
 from mthp.sim.clock import Clock, Costs
-from mthp.sim.collapse.khugepaged import Advised, Khugepaged, SimTime
+from mthp.sim.collapse.khugepaged import Advised, SimTime, SimulatedKhugepaged
 from mthp.sim.collapse.madvise import madvise_collapse
 from mthp.sim.counters import Counters
 from mthp.sim.frames.lru import LruAddBatch
@@ -37,7 +37,7 @@ from mthp.sim.parts import Parts
 from mthp.sim.space import SimSpace
 from mthp.sim.state import columns, digest
 from mthp.sim.sysfs import Sysfs
-from mthp.sim.trace import Trace
+from mthp.sim.trace import EventTrace
 from mthp.tunables import Switches, Tunables
 
 GUP_PIN = 1024
@@ -110,13 +110,13 @@ class Machine(SystemCalls):
             LruAddBatch(memory),
             Rmap(memory, counters, by_first_page=kernel.shared_by_first_page),
             counters,
-            Trace(),
+            EventTrace(),
             Clock(costs),
             kernel=kernel,
         )
         self.geometry, self.counters, self.mms = geometry, counters, self.parts.mms
         self.trace, self.clock = self.parts.trace, self.parts.clock
-        self.khugepaged = Khugepaged(self.parts)
+        self.khugepaged = SimulatedKhugepaged(self.parts)
         self.sysfs = Sysfs(self.parts)
 
     @property

@@ -1,7 +1,7 @@
 """Address spaces: mappings, and page tables as columns.
 
-A page table page is one row of a :class:`Table`: N entries as two columns, their state (bits of :class:`P`) and their
-value (a frame, or a swap slot). An entry costs 6 bytes.
+A page table page is one row of :class:`PageTables`: N entries as two columns, their state (bits of :class:`P`) and
+their value (a frame, or a swap slot). An entry costs 6 bytes.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class SimVma:
         return Vma(self.start, self.end, self.permissions, flags=flags, has_anon_vma=bool(self.anon_vma))
 
 
-class Table:
+class PageTables:
     """Page tables of adjoining PMD ranges.
 
     Attributes:
@@ -181,7 +181,7 @@ class Mm:
         self.filled = FilledPages(geometry)
         self._geometry = geometry
         self._vmas: list[SimVma] = []
-        self._tables: list[Table] = []
+        self._tables: list[PageTables] = []
 
     @property
     def vmas(self) -> list[SimVma]:
@@ -189,7 +189,7 @@ class Mm:
         return self._vmas
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[PageTables]:
         """The page tables, by ascending address."""
         return self._tables
 
@@ -277,7 +277,7 @@ class Mm:
         """Ensure that every PMD range from `first` to `last` has a row."""
         # A row is never removed, although its mapping may be: the address may be mapped again.
         for start, stop in self._gaps(first, last):
-            table = Table(start, stop - start, self._geometry.ptes_per_pmd)
+            table = PageTables(start, stop - start, self._geometry.ptes_per_pmd)
             at = bisect_right(self._tables, start, key=lambda other: other.first)
             self._tables.insert(at, table)
 
@@ -295,7 +295,7 @@ class Mm:
             gaps.append((first, last + 1))
         return gaps
 
-    def row(self, address: int) -> tuple[Table, int] | None:
+    def row(self, address: int) -> tuple[PageTables, int] | None:
         """Return the table and the row of the PMD range at `address`; None if it was never mapped."""
         number = address // self._geometry.pmd_size
         at = bisect_right(self._tables, number, key=lambda table: table.first) - 1
@@ -303,7 +303,7 @@ class Mm:
             return None
         return self._tables[at], number - self._tables[at].first
 
-    def locate(self, pages: NDArray[np.int64]) -> list[tuple[Table, NDArray[np.intp], NDArray[np.int64]]]:
+    def locate(self, pages: NDArray[np.int64]) -> list[tuple[PageTables, NDArray[np.intp], NDArray[np.int64]]]:
         """Find the entries of many pages.
 
         Args:

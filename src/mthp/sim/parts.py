@@ -19,11 +19,11 @@ from mthp.sim.frames.swap import Swap
 from mthp.sim.kernel import NEWEST, Kernel
 from mthp.sim.knobs import Knobs
 from mthp.sim.mm import HUGEPAGE, NOHUGEPAGE, Mm, SimVma
-from mthp.sim.trace import Trace
+from mthp.sim.trace import EventTrace
 from mthp.tunables import Switches, Tunables
 
 
-class Step(enum.Enum):
+class CollapseStep(enum.Enum):
     """The steps of collapse_huge_page, and what other actors may do just before each of them."""
 
     # The kernel holds no lock of the address space before the next two and REVALIDATE_AGAIN: anything may happen there.
@@ -39,7 +39,7 @@ class Step(enum.Enum):
     INSTALL = enum.auto()
 
 
-Hook = Callable[[Step, Mm, int, int], None]
+Hook = Callable[[CollapseStep, Mm, int, int], None]
 """Called before a step with the step, the address space, the address of the run and its order."""
 
 
@@ -71,7 +71,7 @@ class Parts:
     lru: LruAddBatch
     rmap: Rmap
     counters: Counters
-    trace: Trace
+    trace: EventTrace
     clock: Clock = field(default_factory=Clock)
     knobs: Knobs = field(default_factory=Knobs)
     mms: dict[int, Mm] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Parts:
             self.counters.count(of_machine, by)
         self.counters.count_mthp(order, of_size, by)
 
-    def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
+    def let_in(self, step: CollapseStep, mm: Mm, address: int, order: int) -> None:
         """Let other actors run."""
         if self.hook is not None:
             self.hook(step, mm, address, order)

@@ -59,7 +59,7 @@ class Swapin:
 Event = ScanPmd | Collapse | Isolate | Swapin
 
 
-class Trace:
+class EventTrace:
     """The events in the order in which they happened; recorded only while `enabled`."""
 
     def __init__(self) -> None:

@@ -22,8 +22,8 @@ from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
 from mthp.snapshot.formats import check_format, stream_writer
 from mthp.snapshot.recorder import StepTaker
-from mthp.snapshot.recording import RecordingSpace, Step, packed_pages
-from mthp.snapshot.runs import Runs, encode
+from mthp.snapshot.recording import RecordingSpace, RecordingStep, packed_pages
+from mthp.snapshot.runs import RunTable, encode
 from mthp.snapshot.traces import Trace
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
@@ -95,7 +95,7 @@ def record_trace(
             writer.add(runs, meta | {"seconds": step.seconds, "accesses": packed_pages(step.pages)})
             count, accesses = count + 1, accesses + step.accesses
             step = next(steps, None)
-        writer.add(Runs.joined([]), {"end": "the trace was over"})
+        writer.add(RunTable.joined([]), {"end": "the trace was over"})
         size = writer.bytes
     return RecordedTrace(os.fspath(path), space.label, opened.kind, count, accesses, space.pages, opened.skipped, size)
 
@@ -116,7 +116,7 @@ class _TraceSpace(RecordingSpace):
             vmas=(),
             pages=0,
         )
-        super().__init__(description, Runs.joined([]), Step(0, 0.0, 0.0, {}, 0), label)
+        super().__init__(description, RunTable.joined([]), RecordingStep(0, 0.0, 0.0, {}, 0), label)
         self._seen: NDArray[np.int64] = np.empty(0, np.int64)
 
     @property
@@ -147,7 +147,7 @@ class _TraceSpace(RecordingSpace):
             for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
         )
 
-    def _encoded(self, state: NDArray[np.uint16]) -> Runs:
+    def _encoded(self, state: NDArray[np.uint16]) -> RunTable:
         """Return the seen pages as runs; only adjoining pages share a segment."""
         breaks = np.flatnonzero(np.diff(self._seen) != 1) + 1
         page = self.geometry.page_size

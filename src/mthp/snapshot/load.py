@@ -20,7 +20,7 @@ from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.formats import run_reader
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.recording import Recording
-from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
+from mthp.snapshot.runs import RunTable, decode, granules, join_granules, page_numbers
 from mthp.snapshot.stream import is_recording
 from mthp.snapshot.table import RunReader
 
@@ -93,7 +93,7 @@ class SnapshotSpace(RecordedSpace):
         spans = page_numbers(segments, self.geometry.page_size)
         # Cut to what the spans need: a row group may have 65 536 runs, and a request one page.
         needed = [self._overlapping(self._runs(index), spans) for index in self._row_groups(spans)]
-        state, folio_order = decode(Runs.joined(needed), spans)
+        state, folio_order = decode(RunTable.joined(needed), spans)
         return PteColumns(tuple(segments), state, folio_order)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
@@ -131,7 +131,7 @@ class SnapshotSpace(RecordedSpace):
         return needed
 
     @staticmethod
-    def _overlapping(runs: Runs, spans: NDArray[np.int64]) -> Runs:
+    def _overlapping(runs: RunTable, spans: NDArray[np.int64]) -> RunTable:
         """Return the slice of `runs` from the first to the last that any of `spans` touches."""
         low = int(np.searchsorted(runs.end, spans[:, 0].min(), "right"))
         return runs[low : int(np.searchsorted(runs.first, spans[:, 1].max(), "left"))]
@@ -168,7 +168,7 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
     return np.array(covered, np.int64).reshape(-1, 2)
 
 
-def _contradiction(runs: Runs, mappings: NDArray[np.int64], end: int) -> str:
+def _contradiction(runs: RunTable, mappings: NDArray[np.int64], end: int) -> str:
     """Return the error in `runs`, which must lie behind page number `end` and in their mappings; ``""`` if none."""
     if (runs.vma < 0).any() or (runs.vma >= len(mappings)).any():
         return "a run of a mapping that is not listed"

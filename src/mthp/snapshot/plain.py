@@ -35,7 +35,7 @@ from mthp.errors import UsageError
 from mthp.files import open_regular
 from mthp.snapshot.bounds import BLOCKS, RUNS, RUNS_IN_ALL
 from mthp.snapshot.description import ADDRESS_LIMIT, Description
-from mthp.snapshot.runs import Runs, checked_runs
+from mthp.snapshot.runs import RunTable, checked_runs
 from mthp.snapshot.stream import PLAIN_STEPS, Meta, StreamReader, StreamWriter
 from mthp.snapshot.table import PLAIN_RUNS, RunReader, RunWriter
 
@@ -54,7 +54,7 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).endswith(SUFFIX)
 
 
-def _packed(text: str, runs: Runs, page_size: int) -> bytes:
+def _packed(text: str, runs: RunTable, page_size: int) -> bytes:
     """Return the bytes of a block."""
     start = runs.first.astype(np.uint64) * np.uint64(page_size)
     # Differences, because addresses hardly compress, and the steps from run to run do.
@@ -105,14 +105,14 @@ class _Block:
             raise UsageError("damaged: a checksum is wrong")
         return cls(text, rows, columns)
 
-    def runs(self, page_size: int) -> Runs:
+    def runs(self, page_size: int) -> RunTable:
         """Return the runs.
 
         Raises:
             UsageError: the columns are damaged.
         """
         if not self.rows:
-            return Runs.joined([])
+            return RunTable.joined([])
         # The rows, which were checked, bound what is inflated.
         raw = inflate(self.columns, Bound(self.rows, "rows of a block"), unit=_ROW)
         if len(raw) != self.rows * _ROW:
@@ -134,11 +134,11 @@ class PlainRunWriter(RunWriter):
         self._file = file
         file.write(PLAIN_RUNS)
 
-    def _write(self, runs: Runs) -> None:
+    def _write(self, runs: RunTable) -> None:
         self._file.write(_packed("", runs, self._page_size))
 
     def _end(self, description: Description) -> None:
-        self._file.write(_packed(description.to_json(), Runs.joined([]), self._page_size))
+        self._file.write(_packed(description.to_json(), RunTable.joined([]), self._page_size))
 
     def _close(self) -> None:
         pass
@@ -174,7 +174,7 @@ class PlainRunReader(RunReader):
         """Number of row groups."""
         return len(self._begins)
 
-    def _read(self, row_group: int) -> Runs:
+    def _read(self, row_group: int) -> RunTable:
         self._file.seek(self._begins[row_group])
         block = _Block.read(self._file)
         if block is None:
@@ -186,9 +186,9 @@ class PlainStreamWriter(StreamWriter):
     """Writes a recording into a plain file, step by step."""
 
     def _begin(self, description: Description) -> None:
-        self._new.raw.write(PLAIN_STEPS + _packed(description.to_json(), Runs.joined([]), self._page_size))
+        self._new.raw.write(PLAIN_STEPS + _packed(description.to_json(), RunTable.joined([]), self._page_size))
 
-    def _write(self, runs: Runs, meta: Meta) -> None:
+    def _write(self, runs: RunTable, meta: Meta) -> None:
         # In one call, so that an incomplete block means that the file broke off.
         self._new.raw.write(_packed(json.dumps(meta, separators=(",", ":")), runs, self._page_size))
 
@@ -222,7 +222,7 @@ class PlainStreamReader(StreamReader):
         except (OSError, MemoryError) as error:
             raise UsageError(f"damaged or cut short: {error}") from error
 
-    def steps(self) -> Iterator[tuple[Meta, Runs]]:
+    def steps(self) -> Iterator[tuple[Meta, RunTable]]:
         """Yield all complete steps, as :meth:`StreamReader.steps` does."""
         with self._file() as file:
             self._next(file)
@@ -238,6 +238,6 @@ class PlainStreamReader(StreamReader):
                     # A file beyond a bound is not a truncated file: the reader must report it.
                     if error.help:
                         raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
-                    yield {"broken": error.message}, Runs.joined([])
+                    yield {"broken": error.message}, RunTable.joined([])
                     return
                 yield meta, runs

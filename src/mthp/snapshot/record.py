@@ -18,7 +18,7 @@ from mthp.heat import Heat
 from mthp.ptes import Segment, at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.formats import check_format, run_writer
-from mthp.snapshot.runs import Runs, encode, page_numbers
+from mthp.snapshot.runs import RunTable, encode, page_numbers
 from mthp.vma import Vma, VmaKind
 
 BLOCK_SIZE = 256 << 20
@@ -91,7 +91,7 @@ def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None)
     )
 
 
-def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: Progress) -> Iterator[Runs]:
+def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: Progress) -> Iterator[RunTable]:
     """Yield the runs of all readable mappings, block by block."""
     geometry = space.geometry
     block_size = -(-block_size // geometry.pmd_size) * geometry.pmd_size

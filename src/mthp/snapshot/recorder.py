@@ -27,7 +27,7 @@ from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.formats import check_format, stream_writer
 from mthp.snapshot.record import describe
 from mthp.snapshot.recording import CHANGING
-from mthp.snapshot.runs import Runs, encode, page_numbers
+from mthp.snapshot.runs import RunTable, encode, page_numbers
 from mthp.snapshot.stream import Meta
 from mthp.vma import Vma, VmaKind
 
@@ -157,7 +157,7 @@ def record_series(
                 break
             spent = cpu_clock() - before
         # Without this a reader takes the file for one that was cut off.
-        writer.add(Runs.joined([]), {"end": end, "seconds": round(clock() - begin, 6)})
+        writer.add(RunTable.joined([]), {"end": end, "seconds": round(clock() - begin, 6)})
         size = writer.bytes
     seconds = last
     interval = seconds / (steps - 1) if steps > 1 else 0.0
@@ -203,7 +203,7 @@ class StepTaker:
         self._looked: list[Segment] = []
         self._number = 0
 
-    def take(self) -> tuple[Meta, Runs]:
+    def take(self) -> tuple[Meta, RunTable]:
         """Return the changes since the step before."""
         meta: Meta = self._mappings()
         vmas = list(self._vmas.values())
@@ -220,7 +220,7 @@ class StepTaker:
         if segments != self._looked:
             parts.append(self._emptied(segments))
             self._looked = segments
-        runs = Runs.joined([part for part in parts if len(part)])
+        runs = RunTable.joined([part for part in parts if len(part)])
         counters = abilities.counters(self._space)
         if changed := {name: value for name, value in counters.items() if self._counters.get(name) != value}:
             meta["counters"] = changed
@@ -248,7 +248,7 @@ class StepTaker:
         self._said = said
         return meta
 
-    def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> Runs:
+    def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> RunTable:
         """Return the runs of those PMD ranges in `columns` that differ from the runs written last."""
         geometry = self._space.geometry
         # So that no run crosses a border, and each range can be replaced on its own.
@@ -272,9 +272,9 @@ class StepTaker:
                 else:
                     del self._sums[number]
                     emptied.append(number)
-        return Runs.joined([runs[differs[index]], _nothing_in(emptied, n)])
+        return RunTable.joined([runs[differs[index]], _nothing_in(emptied, n)])
 
-    def _emptied(self, segments: Sequence[Segment]) -> Runs:
+    def _emptied(self, segments: Sequence[Segment]) -> RunTable:
         """Return an empty run for every PMD range that was written and does not lie in `segments` any more."""
         size = self._space.geometry.pmd_size
         known = np.array(sorted(self._sums), np.int64)
@@ -304,10 +304,10 @@ def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segme
             start = stop
 
 
-def _nothing_in(numbers: list[int], ptes: int) -> Runs:
+def _nothing_in(numbers: list[int], ptes: int) -> RunTable:
     """Return runs that mark PMD ranges, by number, as empty."""
     count = len(numbers)
-    return Runs(
+    return RunTable(
         np.zeros(count, np.int32),
         np.array(numbers, np.int64) * ptes,
         np.full(count, ptes, np.int64),
@@ -316,7 +316,7 @@ def _nothing_in(numbers: list[int], ptes: int) -> Runs:
     )
 
 
-def _mixed(runs: Runs) -> NDArray[np.uint64]:
+def _mixed(runs: RunTable) -> NDArray[np.uint64]:
     """Return a 64-bit hash of each run, never 0."""
     # Multiplication mixes upwards only, and shifts bring the high bits down again, as in SplitMix64.
     mixed: NDArray[np.uint64] = runs.first.astype(np.uint64)

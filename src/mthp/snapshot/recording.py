@@ -34,7 +34,7 @@ from mthp.snapshot.bounds import ACCESSES, COUNTERS, MAPPINGS, RUNS, STEPS
 from mthp.snapshot.description import Description
 from mthp.snapshot.formats import stream_reader
 from mthp.snapshot.recorded import RecordedSpace
-from mthp.snapshot.runs import Runs, decode, granules, page_numbers
+from mthp.snapshot.runs import RunTable, decode, granules, page_numbers
 from mthp.snapshot.stream import Meta
 from mthp.units import parse_duration
 
@@ -46,7 +46,7 @@ _PENDING = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RecordingStep:
     """One step of a recording.
 
     Attributes:
@@ -85,7 +85,7 @@ class Recording:
         self._reader = stream_reader(path)
         self.description = self._reader.description
         self.end = ""
-        steps: list[Step] = []
+        steps: list[RecordingStep] = []
         reason = "it has no end"
         counters: dict[str, int] = {}
         for meta, runs in self._reader.steps():
@@ -102,10 +102,10 @@ class Recording:
                     STEPS.check(len(steps) + 1)
                 seconds = float(_checked(self.path, meta, "seconds", (int, float), 0.0))
                 cpu_seconds = float(_checked(self.path, meta, "cpu_seconds", (int, float), 0.0))
-                steps.append(Step(len(steps), seconds, cpu_seconds, counters, len(runs)))
+                steps.append(RecordingStep(len(steps), seconds, cpu_seconds, counters, len(runs)))
         if not steps:
             raise UsageError(f"{self.path}: cut off before the end of its first step: {reason}")
-        self.steps: tuple[Step, ...] = tuple(steps)
+        self.steps: tuple[RecordingStep, ...] = tuple(steps)
         self.trouble = ""
         # The writer was killed, or the disk was full: all steps before are whole.
         if not self.end:
@@ -193,7 +193,7 @@ class RecordingSpace(RecordedSpace):
         runs: all runs at the step, by ascending address.
     """
 
-    def __init__(self, description: Description, runs: Runs, step: Step, path: str) -> None:
+    def __init__(self, description: Description, runs: RunTable, step: RecordingStep, path: str) -> None:
         super().__init__(description, path, "recording")
         self._runs = runs
         self.step = step
@@ -228,10 +228,10 @@ class _State:
         self._geometry = recording.description.geometry
         self._says: dict[str, Any] = json.loads(recording.description.to_json())
         self._vmas: dict[int, Any] = {}
-        self._runs = Runs.joined([])
-        self._pending: list[Runs] = []
+        self._runs = RunTable.joined([])
+        self._pending: list[RunTable] = []
 
-    def add(self, meta: Meta, runs: Runs) -> None:
+    def add(self, meta: Meta, runs: RunTable) -> None:
         """Apply one step."""
         for start in _checked(self._path, meta, "vmas_gone", list, []):
             if not isinstance(start, int):
@@ -252,7 +252,7 @@ class _State:
                 self._put_together()
                 RUNS.check(len(self._runs))
 
-    def space(self, step: Step) -> RecordingSpace:
+    def space(self, step: RecordingStep) -> RecordingSpace:
         """Return the current address space."""
         self._put_together()
         vmas = [self._vmas[start] for start in sorted(self._vmas)]
@@ -270,7 +270,7 @@ class _State:
         self._pending = []
         if not any(len(part) for part in parts[1:]):
             return
-        runs = Runs.joined(parts)
+        runs = RunTable.joined(parts)
         age = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         order = np.argsort(runs.first, kind="stable")
         runs, age = runs[order], age[order]
@@ -282,7 +282,7 @@ class _State:
         self._runs = runs[(age == latest) & (runs.state != 0)]
 
 
-def _overlap(runs: Runs) -> bool:
+def _overlap(runs: RunTable) -> bool:
     return bool((runs.first[1:] < runs.end[:-1]).any() or (runs.pages < 1).any())
 
 

@@ -2,7 +2,7 @@
 
 A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches. A
 few hundred thousand runs describe it, and none pages need no runs. This module turns blocks of
-:class:`~mthp.ptes.PteColumns` into :class:`Runs`, and cuts segments out of runs again.
+:class:`~mthp.ptes.PteColumns` into :class:`RunTable`, and cuts segments out of runs again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import UsageError
-from mthp.ptes import ORDER_NONE, PteColumns, Segment, Table
+from mthp.ptes import ORDER_NONE, ColumnTable, PteColumns, Segment
 
 
 @dataclass(frozen=True)
-class Runs(Table):
+class RunTable(ColumnTable):
     """Runs by ascending address, disjoint.
 
     Attributes:
@@ -44,7 +44,9 @@ class Runs(Table):
         return self.first + self.pages
 
 
-def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_size: int, address_limit: int) -> Runs:
+def checked_runs(
+    columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_size: int, address_limit: int
+) -> RunTable:
     """Return the runs in the columns `start`, `pages`, `state` and `folio_order` of a file.
 
     Raises:
@@ -55,7 +57,7 @@ def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_s
     # `pages` is checked alone first: the sum of two 64-bit numbers may wrap.
     if (start % page_size).any() or not pages.all() or (pages > most).any() or (first + pages > most).any():
         raise UsageError("damaged: a run that has no whole pages")
-    return Runs(vma, first.astype(np.int64), pages.astype(np.int64), state, folio_order)
+    return RunTable(vma, first.astype(np.int64), pages.astype(np.int64), state, folio_order)
 
 
 def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
@@ -65,7 +67,7 @@ def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int6
     return np.array([(start // page_size, end // page_size) for start, end in segments], np.int64).reshape(-1, 2)
 
 
-def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) -> Runs:
+def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) -> RunTable:
     """Return the runs of `columns`, without none pages.
 
     Args:
@@ -73,7 +75,7 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
         vma_first: int64, shape (vmas,), ascending: number of the first page of each mapping.
     """
     if not len(columns.state):
-        return Runs.joined([])
+        return RunTable.joined([])
     spans = page_numbers(columns.segments, page_size)
     lengths = spans[:, 1] - spans[:, 0]
     offsets = np.cumsum(lengths) - lengths
@@ -92,10 +94,10 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
     segment = np.searchsorted(offsets, at, "right") - 1
     first = spans[segment, 0] + at - offsets[segment]
     vma = (np.searchsorted(vma_first, first, "right") - 1).astype(np.int32)
-    return Runs(vma, first, pages, columns.state[at], columns.folio_order[at])
+    return RunTable(vma, first, pages, columns.state[at], columns.folio_order[at])
 
 
-def joined(runs: Runs) -> Runs:
+def joined(runs: RunTable) -> RunTable:
     """Return `runs` with neighbours of the same mapping, state and order joined."""
     if not len(runs):
         return runs
@@ -105,10 +107,10 @@ def joined(runs: Runs) -> Runs:
     for column in (runs.vma, runs.state, runs.folio_order):
         heads[1:] |= column[1:] != column[:-1]
     at = np.flatnonzero(heads)
-    return Runs(runs.vma[at], runs.first[at], np.add.reduceat(runs.pages, at), runs.state[at], runs.folio_order[at])
+    return RunTable(runs.vma[at], runs.first[at], np.add.reduceat(runs.pages, at), runs.state[at], runs.folio_order[at])
 
 
-def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
+def decode(runs: RunTable, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
     """Return the state and folio order of every page of `spans`, one span after another.
 
     Args:
@@ -134,7 +136,7 @@ def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], ND
     return np.repeat(state, repeats), np.repeat(folio_order, repeats)
 
 
-def granules(runs: Runs, spans: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+def granules(runs: RunTable, spans: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Return the aligned granules of `spans` that the runs touch, neighbours joined.
 
     Args:
@@ -160,7 +162,7 @@ def join_granules(parts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _overlaps(
-    runs: Runs, spans: NDArray[np.int64]
+    runs: RunTable, spans: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return every pair of a span and a run that overlap: index of the span, of the run, first page, page behind."""
     # An empty span that lies inside a run overlaps nothing.

@@ -29,7 +29,7 @@ from mthp.errors import MthpError, UsageError
 from mthp.files import NewFile, begins, open_regular, writing
 from mthp.snapshot.batches import check_message
 from mthp.snapshot.description import ADDRESS_LIMIT, Description
-from mthp.snapshot.runs import Runs, checked_runs
+from mthp.snapshot.runs import RunTable, checked_runs
 from mthp.snapshot.table import pyarrow, reading
 
 KEY = "mthp.recording"
@@ -89,7 +89,7 @@ class StreamWriter:
         # The unbuffered file: a step is in it when the write returns.
         self._writer = pyarrow("pyarrow.ipc").new_stream(self._new.raw, self._schema, options=options)
 
-    def _write(self, runs: Runs, meta: Meta) -> None:
+    def _write(self, runs: RunTable, meta: Meta) -> None:
         columns = (
             (runs.first * self._page_size).astype(np.uint64),
             runs.pages.astype(np.uint64),
@@ -105,7 +105,7 @@ class StreamWriter:
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
 
-    def add(self, runs: Runs, meta: Meta) -> None:
+    def add(self, runs: RunTable, meta: Meta) -> None:
         """Append one step.
 
         Args:
@@ -186,7 +186,7 @@ class StreamReader:
                     raise UsageError("not a recording: an Arrow stream of something else", help=_MAKE_ONE)
             yield file, stream
 
-    def steps(self) -> Iterator[tuple[Meta, Runs]]:
+    def steps(self) -> Iterator[tuple[Meta, RunTable]]:
         """Yield the steps up to the first incomplete one.
 
         Yields:
@@ -210,15 +210,15 @@ class StreamReader:
                     # A file beyond a bound is not a truncated file: the reader must report it.
                     if error.help:
                         raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
-                    yield {"broken": error.message}, Runs.joined([])
+                    yield {"broken": error.message}, RunTable.joined([])
                     return
                 except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    yield {"broken": reason}, Runs.joined([])
+                    yield {"broken": reason}, RunTable.joined([])
                     return
                 yield meta, runs
 
-    def _runs(self, batch: Any) -> Runs:
+    def _runs(self, batch: Any) -> RunTable:
         # Arrow does not check offsets and lengths of columns that it reads.
         batch.validate(full=True)
         if any(column.null_count for column in batch.columns):

@@ -25,7 +25,7 @@ from mthp.ptes import ORDER_NONE
 from mthp.snapshot.bounds import RUNS, RUNS_IN_ALL
 from mthp.snapshot.description import ADDRESS_LIMIT, KEY, STATE_BITS, Description, SnapshotInfo
 from mthp.snapshot.parquetpages import inflated_bytes
-from mthp.snapshot.runs import Runs, checked_runs, joined
+from mthp.snapshot.runs import RunTable, checked_runs, joined
 
 ROW_GROUP_RUNS = 1 << 16
 
@@ -85,20 +85,20 @@ class RunWriter:
     def __init__(self, file: BinaryIO, path: str, page_size: int) -> None:
         self._path = path
         self._page_size = page_size
-        self._tail = Runs.joined([])
-        self._waiting: list[Runs] = []
+        self._tail = RunTable.joined([])
+        self._waiting: list[RunTable] = []
         self.runs = 0
         self.pages = 0
         with writing(path):
             self._begin(file)
 
-    def add(self, runs: Runs) -> None:
+    def add(self, runs: RunTable) -> None:
         """Append runs that lie behind all before them.
 
         Raises:
             MthpError: the file cannot be written.
         """
-        runs = joined(Runs.joined([self._tail, runs]))
+        runs = joined(RunTable.joined([self._tail, runs]))
         # The last run is held back, because the next block may extend it.
         self._tail = runs[-1:]
         if len(runs) > 1:
@@ -121,7 +121,7 @@ class RunWriter:
         return description
 
     def _flush(self) -> None:
-        runs = Runs.joined(self._waiting)
+        runs = RunTable.joined(self._waiting)
         self._waiting = []
         if not len(runs):
             return
@@ -145,7 +145,7 @@ class RunWriter:
             store_schema=False,
         )
 
-    def _write(self, runs: Runs) -> None:
+    def _write(self, runs: RunTable) -> None:
         columns = {
             "vma": runs.vma,
             "start": runs.first.astype(np.uint64) * np.uint64(self._page_size),
@@ -213,7 +213,7 @@ class RunReader:
         """The summary of the file."""
         return self.description.info(self.path, self._row_count, self._size)
 
-    def runs(self, row_group: int) -> Runs:
+    def runs(self, row_group: int) -> RunTable:
         """Return the runs of one row group, their state in this version's bits.
 
         Raises:
@@ -226,7 +226,7 @@ class RunReader:
         folio_order = np.where(state == 0, np.int8(ORDER_NONE), runs.folio_order)
         return dataclasses.replace(runs, state=state, folio_order=folio_order)
 
-    def _read(self, row_group: int) -> Runs:
+    def _read(self, row_group: int) -> RunTable:
         _check_row_group(self._parquet, self._file, row_group)
         table = self._parquet.read_row_group(row_group, columns=list(COLUMNS), use_threads=False)
         if any(column.null_count for column in table.columns):

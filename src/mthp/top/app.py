@@ -31,7 +31,7 @@ from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_
 from mthp.top.mapped import Mapped
 from mthp.top.model import SORTS, Row, arranged, totals
 from mthp.top.screens import Notice, Question, Running, daemon_line, keys_text, plan_text, question_text
-from mthp.top.survey import Source
+from mthp.top.survey import RowSource
 from mthp.units import format_size
 
 MAX_ROWS = 1000
@@ -59,7 +59,7 @@ class View:
     """
 
     title: str
-    source: Source
+    source: RowSource
     geometry: Geometry
     options: PlanOptions
     opened: Opened | None = None

@@ -16,7 +16,7 @@ from typing import Protocol
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CpuBudget
-from mthp.top.looks import Stopped, first_look, second_look, third_look
+from mthp.top.looks import NotWanted, first_look, second_look, third_look
 from mthp.top.model import Row
 
 LARGEST = 64
@@ -38,7 +38,7 @@ FRESH = 10.0
 """Seconds for which a second or third look counts as fresh."""
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """A source of rows."""
 
     def rows(self) -> Sequence[Row]:
@@ -178,7 +178,7 @@ class Survey:
             with self._lock:
                 self._known.pop(key, None)
             return True
-        except Stopped:
+        except NotWanted:
             return False
         except MthpError as error:
             row = known.row

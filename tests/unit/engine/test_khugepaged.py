@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mthp.engine.scanner import PassEnd, Scanner
-from mthp.engine.visited import Found, Passage
+from mthp.engine.visited import NextRanges, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -35,10 +35,10 @@ class Stub:
     vanishes_at: int = -1
     error: Exception | None = None
 
-    def find(self, address: int) -> Found:
+    def find(self, address: int) -> NextRanges:
         if address // RANGE == self.vanishes_at:
             raise self.error or TargetVanishedError("gone")
-        return Found(0, (address, self.ranges * RANGE)) if address < self.ranges * RANGE else Found(1, None)
+        return NextRanges(0, (address, self.ranges * RANGE)) if address < self.ranges * RANGE else NextRanges(1, None)
 
     def scan(self, stretch: Segment, budget: int) -> Passage:
         number = stretch[0] // RANGE

@@ -32,7 +32,7 @@ from mthp.lab import grid, scenario
 from mthp.lab.grid import Grid
 from mthp.lab.scenario import load_scenario
 from mthp.means import Means
-from mthp.toml import Document
+from mthp.toml import TomlDocument
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -101,7 +101,7 @@ def test_a_toml_file_can_be_read(text: str, tmp_path: Path) -> None:
     if "rule" in keys:
         assert parse_configuration(text, X86_64).rules
     elif "policies" in keys:
-        document = Document.parse(text, "page")
+        document = TomlDocument.parse(text, "page")
         assert document.table(Grid) is not None
         document.check()
     else:

@@ -32,7 +32,7 @@ TABLES = (
     Match,
     Settings,
     Grid,
-    tables.Settings,
+    tables.TopLevelKeys,
     tables.MachineSettings,
     tables.ProcessSettings,
     tables.TrimSettings,

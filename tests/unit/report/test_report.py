@@ -13,7 +13,7 @@ from fakes import FakeSpace
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
-from mthp.report.document import Cell, Command, Document, Figure, Section, Table
+from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section
 from mthp.report.gather import Source, report_on
 from mthp.report.page import render, write
 from report_spaces import HOSTILE, hostile, redis_like
@@ -92,7 +92,7 @@ def test_no_text_of_a_document_becomes_markup() -> None:
                         y_unit=bad,
                     )
                 ],
-                tables=[Table(bad, [bad], [[Cell(bad)]], bad), Table(bad, [bad], [], folded=True)],
+                tables=[ReportTable(bad, [bad], [[Cell(bad)]], bad), ReportTable(bad, [bad], [], folded=True)],
             )
         ],
         commands=[Command(bad, bad)],

@@ -15,7 +15,7 @@ from mthp.sim.address_space.access import Fault
 from mthp.sim.frames.memory import Fl
 from mthp.sim.kernel import kernel_of
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, UFFD_WP, P, Pmd
-from mthp.sim.parts import Step
+from mthp.sim.parts import CollapseStep
 from mthp.sim.trace import Collapse
 from mthp.tunables import Switches
 from simcheck import check
@@ -91,20 +91,20 @@ CAUSES: dict[ScanResult, Callable[[World], object]] = {
     ScanResult.CGROUP_CHARGE_FAIL: lambda world: world.machine.parts.memory.cgroups.set_limit(1, 20),
     ScanResult.ALLOC_HUGE_PAGE_FAIL: take_all_memory,
     ScanResult.VMA_NULL: lambda world: world.before(
-        Step.REVALIDATE, lambda: world.machine.munmap(world.mm, *world.range())
+        CollapseStep.REVALIDATE, lambda: world.machine.munmap(world.mm, *world.range())
     ),
     ScanResult.ADDRESS_RANGE: lambda world: world.before(
-        Step.REVALIDATE_AGAIN, lambda: world.machine.munmap(world.mm, START, START + PAGE)
+        CollapseStep.REVALIDATE_AGAIN, lambda: world.machine.munmap(world.mm, START, START + PAGE)
     ),
     ScanResult.VMA_CHECK: lambda world: world.before(
-        Step.REVALIDATE, lambda: world.machine.madvise(world.mm, *world.range(), "NOHUGEPAGE")
+        CollapseStep.REVALIDATE, lambda: world.machine.madvise(world.mm, *world.range(), "NOHUGEPAGE")
     ),
     ScanResult.ANY_PROCESS: lambda world: world.before(
-        Step.REVALIDATE, lambda: world.machine.thp_disable(world.mm, True)
+        CollapseStep.REVALIDATE, lambda: world.machine.thp_disable(world.mm, True)
     ),
-    ScanResult.PTE_NON_PRESENT: lambda world: world.before(Step.ISOLATE, lambda: world.swap_out(1)),
+    ScanResult.PTE_NON_PRESENT: lambda world: world.before(CollapseStep.ISOLATE, lambda: world.swap_out(1)),
     ScanResult.DEL_PAGE_LRU: lambda world: world.before(
-        Step.ISOLATE, lambda: world.machine.parts.memory.clear(world.pfn(2), Fl.LRU)
+        CollapseStep.ISOLATE, lambda: world.machine.parts.memory.clear(world.pfn(2), Fl.LRU)
     ),
 }
 """What brings about each result: there is none that nothing here brings about."""
@@ -155,11 +155,13 @@ def test_a_folio_that_is_large_enough_is_skipped_and_its_neighbours_stay() -> No
     assert check(world.machine) == []
 
 
-@pytest.mark.parametrize("step", [step for step in Step if step not in (Step.COPY, Step.INSTALL)])
-def test_a_page_pinned_at_any_moment_is_not_moved_from_under_its_user(step: Step) -> None:
+@pytest.mark.parametrize(
+    "step", [step for step in CollapseStep if step not in (CollapseStep.COPY, CollapseStep.INSTALL)]
+)
+def test_a_page_pinned_at_any_moment_is_not_moved_from_under_its_user(step: CollapseStep) -> None:
     """Up to isolation, because afterwards the entries are cleared, and no caller can pin by them."""
     world = World()
-    if step is Step.SWAPIN:
+    if step is CollapseStep.SWAPIN:
         world.swap_out(2)
     held: list[int] = []
     world.before(step, lambda: held.append(world.machine.pin(world.mm, START + 9 * PAGE)))

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from mthp.engine.visited import Passage, VisitedSpace
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.collapse.khugepaged import Khugepaged
+from mthp.sim.collapse.khugepaged import SimulatedKhugepaged
 from mthp.sim.frames.memory import Fl
-from mthp.sim.parts import Parts, Step
+from mthp.sim.parts import CollapseStep, Parts
 from mthp.sim.state import columns
 from mthp.tunables import Switches, Tunables
 from simcheck import check
@@ -24,7 +24,7 @@ from strategies import examples
 RANGES = 24
 
 
-class Watched(Khugepaged):
+class Watched(SimulatedKhugepaged):
     """Records its calls."""
 
     def __init__(self, parts: Parts) -> None:
@@ -132,5 +132,5 @@ def test_what_has_its_large_folios_is_looked_at_together() -> None:
     assert machine.counters["hugepages-16kB/collapse_alloc"] == 6 * RANGES
 
 
-def _nothing(step: Step, mm: object, address: int, order: int) -> None:
+def _nothing(step: CollapseStep, mm: object, address: int, order: int) -> None:
     """Never runs the callback."""

@@ -14,15 +14,15 @@ from mthp.sim.address_space.mremap import Remap
 from mthp.sim.allocation.reclaim import reclaim
 from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import Mm, Pmd
-from mthp.sim.parts import Step
+from mthp.sim.parts import CollapseStep
 from simcheck import check
 from simworld import PAGE, SMALL, START, World
 
 END = START + SMALL.pmd_size
-UNLOCKED = (Step.ALLOC_CHARGE, Step.REVALIDATE, Step.REVALIDATE_AGAIN)
+UNLOCKED = (CollapseStep.ALLOC_CHARGE, CollapseStep.REVALIDATE, CollapseStep.REVALIDATE_AGAIN)
 """Steps before which the kernel holds no lock of the address space."""
 
-SHARED_LOCK = (*UNLOCKED, Step.SWAPIN)
+SHARED_LOCK = (*UNLOCKED, CollapseStep.SWAPIN)
 """Those steps, and the one before which the lock is held for reading only, so faults, pins and reclaim continue."""
 
 
@@ -31,7 +31,7 @@ def _reclaim(machine: Machine, mm: Mm) -> None:
         assert reclaim(machine.parts, 32)
 
 
-ACTORS: dict[str, tuple[tuple[Step, ...], ScanResult, Callable[[Machine, Mm], object]]] = {
+ACTORS: dict[str, tuple[tuple[CollapseStep, ...], ScanResult, Callable[[Machine, Mm], object]]] = {
     "a fault fills a hole": (
         SHARED_LOCK,
         ScanResult.PAGE_COUNT,  # The new page waits in the batch of the LRU lists.
@@ -93,28 +93,28 @@ ACTORS: dict[str, tuple[tuple[Step, ...], ScanResult, Callable[[Machine, Mm], ob
 
 ENDS_OTHERWISE = {
     # The batch is emptied after that; swap entries are read back, and a migration is waited for.
-    ("a fault fills a hole", Step.ALLOC_CHARGE): ScanResult.SUCCEED,
-    ("a fault fills a hole", Step.REVALIDATE): ScanResult.SUCCEED,
-    ("a fault fills a hole", Step.SWAPIN): ScanResult.SUCCEED,
-    ("a migration", Step.ALLOC_CHARGE): ScanResult.SUCCEED,
-    ("a migration", Step.REVALIDATE): ScanResult.SUCCEED,
-    ("reclaim", Step.ALLOC_CHARGE): ScanResult.SUCCEED,
-    ("reclaim", Step.REVALIDATE): ScanResult.SUCCEED,
-    ("a migration", Step.SWAPIN): ScanResult.SUCCEED,
-    ("reclaim", Step.SWAPIN): ScanResult.SUCCEED,
+    ("a fault fills a hole", CollapseStep.ALLOC_CHARGE): ScanResult.SUCCEED,
+    ("a fault fills a hole", CollapseStep.REVALIDATE): ScanResult.SUCCEED,
+    ("a fault fills a hole", CollapseStep.SWAPIN): ScanResult.SUCCEED,
+    ("a migration", CollapseStep.ALLOC_CHARGE): ScanResult.SUCCEED,
+    ("a migration", CollapseStep.REVALIDATE): ScanResult.SUCCEED,
+    ("reclaim", CollapseStep.ALLOC_CHARGE): ScanResult.SUCCEED,
+    ("reclaim", CollapseStep.REVALIDATE): ScanResult.SUCCEED,
+    ("a migration", CollapseStep.SWAPIN): ScanResult.SUCCEED,
+    ("reclaim", CollapseStep.SWAPIN): ScanResult.SUCCEED,
 }
 """The outcome if one page was swapped out before, so that the collapse reads it back."""
 
 
-def cases() -> Iterator[tuple[str, Step, bool]]:
+def cases() -> Iterator[tuple[str, CollapseStep, bool]]:
     for (actor, (steps, _, _)), swapped in product(ACTORS.items(), (False, True)):
         for step in steps:
-            if swapped or step is not Step.SWAPIN:
+            if swapped or step is not CollapseStep.SWAPIN:
                 yield actor, step, swapped
 
 
 @pytest.mark.parametrize(("actor", "step", "swapped"), list(cases()))
-def test_it_ends_as_the_kernels_would(actor: str, step: Step, swapped: bool) -> None:
+def test_it_ends_as_the_kernels_would(actor: str, step: CollapseStep, swapped: bool) -> None:
     _, wanted, act = ACTORS[actor]
     world = World(pages=15)
     machine, mm = world.machine, world.mm
@@ -141,7 +141,7 @@ def test_it_ends_as_the_kernels_would(actor: str, step: Step, swapped: bool) -> 
 
 def test_a_process_that_exits_is_visited_no_more() -> None:
     world = World()
-    world.before(Step.REVALIDATE, lambda: world.machine.exit(world.mm))
+    world.before(CollapseStep.REVALIDATE, lambda: world.machine.exit(world.mm))
     assert world.scan() is ScanResult.ANY_PROCESS
     assert world.machine.khugepaged.mms == []
     world.machine.khugepaged.full_scan()
@@ -150,7 +150,7 @@ def test_a_process_that_exits_is_visited_no_more() -> None:
 
 def test_memory_that_fails_under_the_copy_undoes_it() -> None:
     world = World()
-    world.before(Step.COPY, lambda: world.machine.parts.memory.set(world.pfn(7), Fl.POISONED))
+    world.before(CollapseStep.COPY, lambda: world.machine.parts.memory.set(world.pfn(7), Fl.POISONED))
     assert world.scan() is ScanResult.COPY_MC
     assert world.mm.pmd(START) is Pmd.TABLE
     assert world.machine.read(world.mm, START + 7 * PAGE)[0] is Fault.SIGBUS

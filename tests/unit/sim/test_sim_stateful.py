@@ -22,7 +22,7 @@ from mthp.sim.address_space.mremap import Remap
 from mthp.sim.allocation.reclaim import reclaim
 from mthp.sim.frames.memory import ZERO_CONTENT
 from mthp.sim.mm import HUGEPAGE, Mm, P
-from mthp.sim.parts import Step
+from mthp.sim.parts import CollapseStep
 from mthp.tunables import Switches, Tunables
 from simcheck import check
 from strategies import examples
@@ -37,8 +37,8 @@ SPAN = st.tuples(st.integers(0, PAGES - 1), st.sampled_from([1, 2, 4, 8, 16, 20,
 )
 WHICH = st.integers(0, 5)
 PAGE = st.integers(0, PAGES - 1).map(lambda page: BASE + page * PAGE_SIZE)
-UNLOCKED = (Step.ALLOC_CHARGE, Step.REVALIDATE, Step.REVALIDATE_AGAIN)
-READ_LOCKED = (*UNLOCKED, Step.SWAPIN)
+UNLOCKED = (CollapseStep.ALLOC_CHARGE, CollapseStep.REVALIDATE, CollapseStep.REVALIDATE_AGAIN)
+READ_LOCKED = (*UNLOCKED, CollapseStep.SWAPIN)
 SIZES = st.dictionaries(st.integers(2, 4), st.sampled_from(["always", "madvise", "inherit", "never"]))
 
 
@@ -318,10 +318,10 @@ class Life(RuleBasedStateMachine):
         self.machine.khugepaged.full_scan()
         self.machine.parts.switches = before
 
-    def with_other(self, steps: tuple[Step, ...], act: Callable[[Mm], None]) -> None:
+    def with_other(self, steps: tuple[CollapseStep, ...], act: Callable[[Mm], None]) -> None:
         """Run a full scan. At the first time that it reaches one of some steps, another program acts."""
 
-        def hook(at: Step, mm: Mm, address: int, order: int) -> None:
+        def hook(at: CollapseStep, mm: Mm, address: int, order: int) -> None:
             if at in steps:
                 self.machine.parts.hook = None
                 act(mm)
@@ -332,15 +332,15 @@ class Life(RuleBasedStateMachine):
         self.machine.parts.hook = None
 
     @rule(span=SPAN, step=st.sampled_from(UNLOCKED), which=WHICH)
-    def race_unmap(self, span: tuple[int, int], step: Step, which: int) -> None:
+    def race_unmap(self, span: tuple[int, int], step: CollapseStep, which: int) -> None:
         self.with_other((step,), lambda mm: self.unmap(mm if which % 2 else self.mm(which), span))
 
     @rule(address=PAGE, step=st.sampled_from(READ_LOCKED), which=WHICH)
-    def race_fault(self, address: int, step: Step, which: int) -> None:
+    def race_fault(self, address: int, step: CollapseStep, which: int) -> None:
         self.with_other((step,), lambda mm: self.store(mm if which % 2 else self.mm(which), address))
 
     @rule(address=PAGE, step=st.sampled_from(READ_LOCKED))
-    def race_pin(self, address: int, step: Step) -> None:
+    def race_pin(self, address: int, step: CollapseStep) -> None:
         def act(mm: Mm) -> None:
             if self.machine.read(mm, address)[1] != ZERO_CONTENT:
                 self.pin(list(self.machine.mms.values()).index(mm), address)
@@ -348,11 +348,11 @@ class Life(RuleBasedStateMachine):
         self.with_other((step,), act)
 
     @rule(step=st.sampled_from(UNLOCKED))
-    def race_fork(self, step: Step) -> None:
+    def race_fork(self, step: CollapseStep) -> None:
         self.with_other((step,), lambda mm: self.fork(list(self.machine.mms.values()).index(mm)))
 
     @rule(step=st.sampled_from(UNLOCKED))
-    def race_exit(self, step: Step) -> None:
+    def race_exit(self, step: CollapseStep) -> None:
         def act(mm: Mm) -> None:
             if len(self.machine.mms) > 1:
                 self.leave(mm)
@@ -360,7 +360,7 @@ class Life(RuleBasedStateMachine):
         self.with_other((step,), act)
 
     @rule(step=st.sampled_from(READ_LOCKED), what=st.sampled_from(["reclaim", "compact", "migrate"]), address=PAGE)
-    def race_with_the_machine(self, step: Step, what: str, address: int) -> None:
+    def race_with_the_machine(self, step: CollapseStep, what: str, address: int) -> None:
         def act(mm: Mm) -> None:
             if what == "reclaim":
                 reclaim(self.machine.parts, 40)

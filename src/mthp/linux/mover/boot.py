@@ -17,7 +17,7 @@ from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.padding import pack_slot
 from mthp.linux.mover.steps import Step, report
-from mthp.linux.mover.tracee import CannotStopError, State, Tracee
+from mthp.linux.mover.tracee import CannotStopError, Tracee, TraceeState
 
 CALLS = 4
 """Rows of the boot code's table of calls; the last row is made alone, at the end."""
@@ -81,7 +81,7 @@ class BootedThread:
         ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
         # The mask is set now: skip the code's own call for it.
         self._jump(self._machine.boot_begin)
-        self.tracee.state = State.RUNNING
+        self.tracee.state = TraceeState.RUNNING
         ptrace.cont(self.tracee.tid)
 
     def _jump(self, offset: int) -> None:

@@ -1,8 +1,8 @@
 """Stop every thread of a process, and release all of them as they were.
 
 Threads in uninterruptible sleep (state D, vfork(2)) do not stop: after a short timeout all threads are released. The
-state of each thread is in one table (:class:`~mthp.linux.mover.tracee.State`), with its registers, in which the effects
-of the stop are repaired (:meth:`~mthp.linux.mover.tracee.Stopped.examine`).
+state of each thread is in one table (:class:`~mthp.linux.mover.tracee.TraceeState`), with its registers, in which the
+effects of the stop are repaired (:meth:`~mthp.linux.mover.tracee.Stopped.examine`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.machine import Architecture
 from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Step, report
@@ -26,9 +26,9 @@ from mthp.linux.mover.tracee import (
     STANDING,
     WALL,
     CannotStopError,
-    State,
     Stopped,
     Tracee,
+    TraceeState,
     check_thread,
 )
 from mthp.linux.process import Process
@@ -74,7 +74,7 @@ class FrozenProcess(ProcessMemory):
         self,
         process: Process,
         timeout_ns: int = STOP_TIMEOUT_NS,
-        machine: Machine | None = None,
+        machine: Architecture | None = None,
         like: Stopped | None = None,
     ) -> None:
         super().__init__(process)
@@ -179,7 +179,7 @@ class FrozenProcess(ProcessMemory):
         text = read_task_file(self.process, tid, "status")
         thread = Thread.parse(tid, text) if text else None
         if thread is None or thread.state in _DYING or not _has_memory(self.process, tid):
-            self.threads[tid] = Tracee(tid, State.DEAD)
+            self.threads[tid] = Tracee(tid, TraceeState.DEAD)
             return
         # A second tracer gets EPERM (ptrace_attach, kernel/ptrace.c).
         if thread.tracer:
@@ -257,7 +257,7 @@ class FrozenProcess(ProcessMemory):
         ptrace.interrupt(tid)
         self._begin_to_wait(WORKER_TIMEOUT_NS)
         self._await_our_stops([tid])
-        return self.threads[tid].state is not State.DEAD
+        return self.threads[tid].state is not TraceeState.DEAD
 
     def poll(self, tid: int) -> int | None:
         """Return the unreported stop that `tid` is in: signal | event << 8; None if there is none."""
@@ -283,7 +283,7 @@ class FrozenProcess(ProcessMemory):
                 os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
         except ChildProcessError:
             pass
-        self.threads[tid] = Tracee(tid, State.DEAD)
+        self.threads[tid] = Tracee(tid, TraceeState.DEAD)
         return True
 
     def _reap_killed(self) -> None:
@@ -329,7 +329,7 @@ class FrozenProcess(ProcessMemory):
         """
         alone = Stopped(self.machine, [tid])
         alone.examine(self.process.label, self.read, self.read_words)
-        self.threads[tid] = Tracee(tid, State.STOPPED)
+        self.threads[tid] = Tracee(tid, TraceeState.STOPPED)
         self.threads[tid].place(alone, 0)
 
     def abandon(self) -> None:
@@ -353,7 +353,7 @@ class FrozenProcess(ProcessMemory):
                     self._accept_exit(tid, error)
         # Only reaped: a thread that has not stopped cannot be detached (ESRCH, ptrace(2)), and the end of the tracing
         # thread releases it.
-        for tid in [tid for tid, tracee in self.threads.items() if tracee.state is State.SEIZED]:
+        for tid in [tid for tid, tracee in self.threads.items() if tracee.state is TraceeState.SEIZED]:
             self.has_exited(tid)
         self.threads.clear()
         self.close()
@@ -382,7 +382,7 @@ class FrozenProcess(ProcessMemory):
             raise error
         # Killed, but not gone yet: neither its registers nor its release concern this process any more.
         if not self.has_exited(tid):
-            self.threads[tid].state = State.SEIZED
+            self.threads[tid].state = TraceeState.SEIZED
 
 
 def _has_memory(process: Process, tid: int) -> bool:

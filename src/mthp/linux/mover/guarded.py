@@ -116,7 +116,7 @@ THREAD_MARGIN = 4096
 _no_fork = threading.Lock()
 
 
-class Guard(Closing):
+class BlockGuard(Closing):
     """A hold on blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
 
     Args:

@@ -27,7 +27,7 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux import procfs
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.mover.guarded import Guard
+from mthp.linux.mover.guarded import BlockGuard
 from mthp.linux.mover.outcome import LostBytesError
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, has_userfaultfd, zero_pages_of
 from mthp.linux.mover.refuse.block import SpecialRanges, objection_of, refuse_blocks, special_ranges
@@ -95,7 +95,7 @@ class Hold(Protocol):
 def hold_of(target: MoveTarget, *, guarded: bool = True) -> Hold:
     """Return the hold for the memory of `target`; `guarded`: whether other threads may use memory of this process."""
     if target.process.is_self:
-        return Guard(target.geometry, guarded=guarded)
+        return BlockGuard(target.geometry, guarded=guarded)
     return MoverSession(target.process, target.geometry)
 
 

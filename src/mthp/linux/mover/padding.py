@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.errors import MthpError, UnsupportedError
-from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.machine import Architecture
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.process import Process
 
@@ -166,7 +166,7 @@ def pack_slot(boot: bytes, tid: int, size: int) -> bytes:
     return boot.ljust(size - 8, b"\0") + struct.pack("=Q", tid)
 
 
-def occupant_of(content: bytes, machine: Machine) -> Occupant | None:
+def occupant_of(content: bytes, machine: Architecture) -> Occupant | None:
     """Return the thread of the boot code in the slot with `content`; None if it holds no boot code."""
     if not content.startswith(machine.boot):
         return None

@@ -21,9 +21,9 @@ from typing import Protocol
 
 from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.machine import Architecture
 from mthp.linux.mover.taskfiles import read_task_file
-from mthp.linux.mover.tracee import State, Tracee
+from mthp.linux.mover.tracee import Tracee, TraceeState
 from mthp.linux.process import Process
 from mthp.text import lines
 
@@ -46,7 +46,7 @@ class Frozen(Protocol):
     @property
     def process(self) -> Process: ...
     @property
-    def machine(self) -> Machine: ...
+    def machine(self) -> Architecture: ...
     @property
     def tracees(self) -> Mapping[int, Tracee]: ...
     def read(self, address: int, size: int, /) -> bytes: ...
@@ -57,7 +57,7 @@ class Frozen(Protocol):
 
 def before_calls(frozen: Frozen) -> list[int]:
     """Return the restored threads whose interrupted system call the kernel has forgotten."""
-    returned = [tid for tid, tracee in frozen.tracees.items() if tracee.state is State.RETURNED]
+    returned = [tid for tid, tracee in frozen.tracees.items() if tracee.state is TraceeState.RETURNED]
     return [tid for tid in returned if _is_before_call(frozen, tid)]
 
 

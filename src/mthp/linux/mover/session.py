@@ -25,7 +25,7 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageE
 from mthp.geometry import Geometry
 from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.machine import Architecture
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
@@ -89,7 +89,7 @@ _Int64s = NDArray[np.int64]
 def all_stopped(
     process: Process,
     timeout_ns: int = STOP_TIMEOUT_NS,
-    machine: Machine | None = None,
+    machine: Architecture | None = None,
     like: Stopped | None = None,
 ) -> Iterator[FrozenProcess]:
     """Yield `process` with every thread stopped; release all afterwards.

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Machine, Registers
+from mthp.linux.mover.arch.machine import Architecture, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 
@@ -96,7 +96,7 @@ class Layout:
     threads: int
     operations: int
     scratch_size: int
-    machine: Machine = field(default_factory=native)
+    machine: Architecture = field(default_factory=native)
     page_size: int = mmap.PAGESIZE
 
     @cached_property

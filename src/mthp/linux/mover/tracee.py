@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import ptrace, steps
-from mthp.linux.mover.arch.machine import Machine, Registers
+from mthp.linux.mover.arch.machine import Architecture, Registers
 from mthp.linux.mover.calls import Calls
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import Thread
@@ -68,7 +68,7 @@ class Stopped:
         homes: registers to go on with once others were set: those of the stop, or at the sequence's abort handler.
     """
 
-    def __init__(self, machine: Machine, tids: list[int]) -> None:
+    def __init__(self, machine: Architecture, tids: list[int]) -> None:
         self.machine = machine
         self.tids = tids
         self.inner_tids: list[int] = []
@@ -261,7 +261,7 @@ class Stopped:
 
 
 # Integers, because they are hashed several times for each thread while all are stopped, and an Enum hashes its name.
-class State(enum.IntEnum):
+class TraceeState(enum.IntEnum):
     """State of a thread of the target, as far as the tracer has brought it.
 
     The permitted transitions; from each state also to DEAD, and to SEIZED if it was killed and has not gone yet::
@@ -285,10 +285,10 @@ class State(enum.IntEnum):
     """It has exited."""
 
 
-BORROWED_STATES = frozenset({State.BORROWED, State.RUNNING})
+BORROWED_STATES = frozenset({TraceeState.BORROWED, TraceeState.RUNNING})
 """States from which a thread has to be put back."""
 
-STANDING = BORROWED_STATES | {State.STOPPED, State.RETURNED}
+STANDING = BORROWED_STATES | {TraceeState.STOPPED, TraceeState.RETURNED}
 """States of a thread that the tracer has stopped, and has to release."""
 
 
@@ -303,7 +303,7 @@ class Tracee:
     """
 
     tid: int
-    state: State = State.SEIZED
+    state: TraceeState = TraceeState.SEIZED
     row: int = 0
     _stopped: Stopped | None = None
 
@@ -313,18 +313,18 @@ class Tracee:
 
     def has_stopped(self) -> None:
         """Record a requested stop; a thread that runs injected code keeps its state."""
-        if self.state is State.SEIZED:
-            self.state = State.STOPPED
+        if self.state is TraceeState.SEIZED:
+            self.state = TraceeState.STOPPED
 
     def borrow(self) -> None:
         """Record that it is about to get borrowed registers or a borrowed mask."""
-        if self.state is State.STOPPED:
-            self.state = State.BORROWED
+        if self.state is TraceeState.STOPPED:
+            self.state = TraceeState.BORROWED
 
     def is_put_back(self) -> None:
         """Record that registers and mask are its own again."""
         if self.state in BORROWED_STATES:
-            self.state = State.RETURNED if self.state is State.RUNNING else State.STOPPED
+            self.state = TraceeState.RETURNED if self.state is TraceeState.RUNNING else TraceeState.STOPPED
 
     @property
     def stopped(self) -> Stopped:

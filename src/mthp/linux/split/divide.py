@@ -23,7 +23,7 @@ from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
 from mthp.linux.space import ProcessSpace
 from mthp.linux.split.file import SplitAbility, SplitFile
-from mthp.linux.split.steps import Part, Step, Steps
+from mthp.linux.split.steps import Part, SplitWrite, SplitWrites
 
 PAUSES = (0.0, 0.0, 0.001, 0.005)
 """Seconds before each attempt to split. A shared folio takes two writes on Linux 6.18, a lock is released within
@@ -111,7 +111,7 @@ class FolioDivider(Closing):
         Raises:
             TargetVanishedError: the process is gone.
         """
-        steps = Steps(layout, offset=self._offset)
+        steps = SplitWrites(layout, offset=self._offset)
         todo, refused = [Part(0, folio.order)], []
         while todo:
             part = todo.pop()
@@ -125,7 +125,7 @@ class FolioDivider(Closing):
                 refused.append(part)
         return refused
 
-    def _split(self, folio: LargeFolio, part: Part, step: Step) -> bool:
+    def _split(self, folio: LargeFolio, part: Part, step: SplitWrite) -> bool:
         """Carry out a step on `part` of `folio`; return whether it succeeded, or the part is not mapped any more."""
         for pause in PAUSES:
             self._sleep(pause)

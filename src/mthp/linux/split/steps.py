@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SplitWrite:
     """A write for one part of a folio.
 
     Attributes:
@@ -49,7 +49,7 @@ class Step:
     left: list[Part]
 
 
-class Steps:
+class SplitWrites:
     """The writes for one folio.
 
     The folio, its halves, their halves, and so on are numbered as in a heap: 1, then 2 and 3, then 4 to 7.
@@ -67,7 +67,7 @@ class Steps:
         self._costs: dict[int, int] = {}
         self._ways: dict[int, tuple[int, int]] = {}
 
-    def next(self, part: Part) -> Step | None:
+    def next(self, part: Part) -> SplitWrite | None:
         """Return the write for `part`, a folio of its own; None if it has its final order."""
         # The heap's numbers of one order begin at 2**(depth of that order).
         number = (1 << self._order - part.order) + (part.offset >> part.order)
@@ -75,7 +75,7 @@ class Steps:
         if largest == part.order:
             return None
         if largest == 0:
-            return Step(Part(part.offset, 0), None, [])
+            return SplitWrite(Part(part.offset, 0), None, [])
         mixed = self._smallest[number] != largest
         # For one block of 64K in 2M: 6 writes instead of 32, because each half on the way stays whole until one write
         # splits it.
@@ -83,9 +83,9 @@ class Steps:
             return self._around(number)
         _, order = self._equal(number)
         parts = self._below(number, order)
-        return Step(self._part(parts[0]), None, [self._part(each) for each in parts if self._cost(each)])
+        return SplitWrite(self._part(parts[0]), None, [self._part(each) for each in parts if self._cost(each)])
 
-    def _around(self, number: int) -> Step:
+    def _around(self, number: int) -> SplitWrite:
         """Return the write that splits a part around a page: on the way down to it the other halves stay whole."""
         parts = []
         end = number
@@ -95,7 +95,7 @@ class Steps:
             parts.append(end ^ 1)
         apart = self._part(end)
         left = [self._part(each) for each in (*parts, end) if self._cost(each)]
-        return Step(apart, apart.offset - self._part(number).offset, left)
+        return SplitWrite(apart, apart.offset - self._part(number).offset, left)
 
     def _part(self, number: int) -> Part:
         order = self._order - number.bit_length() + 1

@@ -20,7 +20,7 @@ from mthp.sim.address_space.access import Fault, access, make_present
 from mthp.sim.allocation.alloc import take_folios
 from mthp.sim.frames.buddy import Frames
 from mthp.sim.frames.memory import Fl
-from mthp.sim.mm import UFFD_MISSING, Mm, P, Pmd, SimVma, Table
+from mthp.sim.mm import UFFD_MISSING, Mm, P, PageTables, Pmd, SimVma
 from mthp.sim.parts import Parts
 
 BLOCK = 1 << 15
@@ -265,7 +265,7 @@ class _NewFolios:
             self._fill(table, entries[self._empty(table, entries)]) for table, _, entries in self.mm.locate(starts)
         )
 
-    def _empty(self, table: Table, entries: Frames) -> NDArray[np.bool_]:
+    def _empty(self, table: PageTables, entries: Frames) -> NDArray[np.bool_]:
         """Return which blocks, identified by their first entries, may be filled: bool, shape (blocks,)."""
         if self.order == self.parts.geometry.pmd_order:
             none: NDArray[np.bool_] = table.pmd[entries >> self.order] == Pmd.NONE
@@ -276,7 +276,7 @@ class _NewFolios:
         empty: NDArray[np.bool_] = ~table.bits.reshape(-1, 1 << self.order)[entries >> self.order].any(axis=1)
         return empty
 
-    def _fill(self, table: Table, entries: Frames) -> bool:
+    def _fill(self, table: PageTables, entries: Frames) -> bool:
         parts, order, size = self.parts, self.order, 1 << self.order
         wanted = len(entries)
         heads = take_folios(parts, order, self.mm.charge, wanted)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mthp.sim.frames.buddy import Frames
 from mthp.sim.frames.cgroups import ROOT
 from mthp.sim.frames.memory import Fl
-from mthp.sim.mm import Mm, P, Pmd, Table
-from mthp.sim.page_tables.mappings import Mapped, mappings_of
+from mthp.sim.mm import Mm, P, PageTables, Pmd
+from mthp.sim.page_tables.mappings import TableEntries, mappings_of
 from mthp.sim.page_tables.split import shrink_deferred, split_folio, unexplained_references
 from mthp.sim.page_tables.zap import unmap_entries
 from mthp.sim.parts import Parts
@@ -116,7 +116,7 @@ class _Reclaim:
                     return True
         return looked
 
-    def _chunks(self, mm: Mm, first: int, last: int | None) -> list[tuple[Table, slice, int]]:
+    def _chunks(self, mm: Mm, first: int, last: int | None) -> list[tuple[PageTables, slice, int]]:
         """Return (table, rows, address behind them) in steps, from address `first` up to `last`."""
         size = self.parts.geometry.pmd_size
         # Whole rows, so that a sweep can go on at a row; few of them, so that little more is aged than is wanted.
@@ -131,7 +131,7 @@ class _Reclaim:
                     chunks.append((table, slice(row, stop), (table.first + stop) * size))
         return chunks
 
-    def _look(self, mm: Mm, table: Table, rows: slice) -> bool:
+    def _look(self, mm: Mm, table: PageTables, rows: slice) -> bool:
         """Age the pages of some rows, and evict those at the bottom; return False if none is a candidate."""
         memory, n = self.parts.memory, table.bits.shape[1]
         bits = table.bits[rows].ravel()
@@ -178,7 +178,7 @@ def drop_cache(parts: Parts, count: int) -> None:
     memory.put_small(np.array(frames, np.int64))
 
 
-def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames: Frames) -> None:
+def evict(parts: Parts, mm: Mm, table: PageTables, entries: NDArray[np.intp], frames: Frames) -> None:
     """Evict the folios that some entries of one table map, if nothing else holds them.
 
     Args:
@@ -189,31 +189,31 @@ def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames:
     # Small folios with one mapping, which are nearly all, are evicted together; the others one by one.
     plain = (memory.order[frames] == 0) & (memory.refcount[frames] == 1)
     plain &= (memory.flags[frames] & (Fl.LRU | Fl.LOCKED | Fl.SWAPCACHE | Fl.POISONED)) == Fl.LRU
-    plain &= ~Mapped(mm, table, entries).in_locked(parts.geometry)
-    alone = Mapped(mm, table, entries[plain])
+    plain &= ~TableEntries(mm, table, entries).in_locked(parts.geometry)
+    alone = TableEntries(mm, table, entries[plain])
     _evict_plain(parts, alone)
     for head in np.unique(memory.heads(frames[~plain])).tolist():
         evict_folio(parts, head)
 
 
-def _evict_plain(parts: Parts, mapped: Mapped) -> None:
+def _evict_plain(parts: Parts, mapped: TableEntries) -> None:
     """Evict small folios, each mapped by one entry and held by nothing else."""
     memory, bits, frames = parts.memory, mapped.bits(), mapped.frames()
     lazyfree = (memory.flags[frames] & Fl.SWAPBACKED) == 0
     clean = (bits & P.DIRTY) == 0
     # Written since MADV_FREE: no longer lazyfree (folio_set_swapbacked() in try_to_unmap_one(), mm/rmap.c).
     memory.flags[frames[lazyfree & ~clean]] |= Fl.SWAPBACKED
-    _unmap(parts, Mapped(mapped.mm, mapped.table, mapped.entries[lazyfree & clean]), None)
+    _unmap(parts, TableEntries(mapped.mm, mapped.table, mapped.entries[lazyfree & clean]), None)
     entries = mapped.entries[~lazyfree]
     # As many as have room; the others stay mapped.
     slots = parts.swap.free_slots()[: len(entries)].astype(np.int64)
-    going = Mapped(mapped.mm, mapped.table, entries[: len(slots)])
+    going = TableEntries(mapped.mm, mapped.table, entries[: len(slots)])
     parts.swap.take_many(slots, memory.content[going.frames()])
     _unmap(parts, going, slots)
     _count_out(parts, len(slots))
 
 
-def _unmap(parts: Parts, mapped: Mapped, slots: Frames | None) -> None:
+def _unmap(parts: Parts, mapped: TableEntries, slots: Frames | None) -> None:
     """Unmap entries; from then on they refer to `slots`, or are none."""
     if not len(mapped.entries):
         return
@@ -279,7 +279,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
     return True
 
 
-def _unmap_all(parts: Parts, mapped: list[Mapped], head: int, slot: int | None) -> None:
+def _unmap_all(parts: Parts, mapped: list[TableEntries], head: int, slot: int | None) -> None:
     """Unmap a folio everywhere; its pages are at `slot` and behind, or dropped."""
     parts.memory.refcount[head] += 1
     for mapping in mapped:

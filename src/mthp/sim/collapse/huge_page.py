@@ -23,7 +23,7 @@ from mthp.sim.collapse.single_pmd import RangeScan
 from mthp.sim.frames.buddy import Frames
 from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import Mm, P, Pmd, Ptes, SimVma
-from mthp.sim.parts import Parts, Step
+from mthp.sim.parts import CollapseStep, Parts
 from mthp.sim.trace import Collapse, Isolate, Swapin
 
 
@@ -71,13 +71,13 @@ class Attempt:
         """The entries of the run."""
         return self.mm.ptes(self.address, self.size)
 
-    def let_in(self, step: Step) -> None:
+    def let_in(self, step: CollapseStep) -> None:
         """Let other actors run before a step."""
         self.parts.let_in(step, self.mm, self.address, self.order)
 
     def run(self, node_load: NDArray[np.int64]) -> ScanResult:
         """Make the attempt; a folio that is not installed is freed again."""
-        self.let_in(Step.ALLOC_CHARGE)
+        self.let_in(CollapseStep.ALLOC_CHARGE)
         # Before mmap_lock is taken, because an allocation may compact and reclaim memory: so the mapping must be
         # checked again.
         folio = self.alloc_charge(node_load)
@@ -112,33 +112,33 @@ class Attempt:
 
     def fill(self, folio: int) -> ScanResult:
         """Run all steps after the allocation."""
-        self.let_in(Step.REVALIDATE)
+        self.let_in(CollapseStep.REVALIDATE)
         vma = self.revalidate()
         if isinstance(vma, ScanResult):
             return vma
         # The count is that of the PMD range, so a run without swap entries comes here, too.
         if self.scan.unmapped:
-            self.let_in(Step.SWAPIN)
+            self.let_in(CollapseStep.SWAPIN)
             result = self.swapin(vma)
             if result is not ScanResult.SUCCEED:
                 return result
         # mmap_lock, held for reading, is released before it is taken for writing.
-        self.let_in(Step.REVALIDATE_AGAIN)
+        self.let_in(CollapseStep.REVALIDATE_AGAIN)
         vma = self.revalidate()
         if isinstance(vma, ScanResult):
             return vma
-        self.let_in(Step.ISOLATE)
+        self.let_in(CollapseStep.ISOLATE)
         look = self.isolate(vma)
         if look.result is not ScanResult.SUCCEED:
             return look.result
         self.parts.clock.spend("collapse")
         self.parts.clock.spend("collapse_pte", len(look.pfns))
-        self.let_in(Step.COPY)
+        self.let_in(CollapseStep.COPY)
         if not self.copy(folio, look):
             # copy_mc_user_highpage() found a poisoned page: the old pages are put back as they were.
             self.release(look)
             return ScanResult.COPY_MC
-        self.let_in(Step.INSTALL)
+        self.let_in(CollapseStep.INSTALL)
         self.remove_old(vma, look)
         self.install(folio, vma)
         return ScanResult.SUCCEED

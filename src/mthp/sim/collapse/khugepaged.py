@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mthp.engine.scanner import Scanner
-from mthp.engine.visited import Clock as RestClock
-from mthp.engine.visited import Found, Passage
+from mthp.engine.visited import NextRanges, Passage, RestClock
 from mthp.geometry import Geometry
 from mthp.ptes import Segment
 from mthp.results import ScanResult
@@ -22,7 +21,7 @@ from mthp.sim.parts import Parts
 
 
 class SimTime:
-    """The machine's clock for khugepaged (:class:`~mthp.engine.visited.Clock`): rests advance it."""
+    """The machine's clock for khugepaged (:class:`~mthp.engine.visited.RestClock`): rests advance it."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,7 +33,7 @@ class SimTime:
         self._clock.wait_ns(round(seconds * 1e9))
 
 
-class Visit:
+class MmVisit:
     """One address space, as khugepaged visits it."""
 
     def __init__(self, parts: Parts, mm: Mm) -> None:
@@ -50,7 +49,7 @@ class Visit:
     def thp_disabled(self) -> bool:
         return self.mm.thp_disabled
 
-    def find(self, address: int) -> Found:
+    def find(self, address: int) -> NextRanges:
         size, passed = self._parts.geometry.pmd_size, 0
         vma = self.mm.find_vma(address)
         while vma is not None:
@@ -62,9 +61,9 @@ class Visit:
                 # A mapping without a whole PMD range is not counted, but it moves the cursor.
                 address = max(address, start)
                 if address < end:
-                    return Found(passed, (address, end))
+                    return NextRanges(passed, (address, end))
             vma = self.mm.find_vma(vma.end)
-        return Found(passed, None)
+        return NextRanges(passed, None)
 
     def scan(self, stretch: Segment, budget: int) -> Passage:
         parts, (address, end) = self._parts, stretch
@@ -101,7 +100,7 @@ class Visit:
         """Do nothing: no resource is held."""
 
 
-class Khugepaged(Scanner):
+class SimulatedKhugepaged(Scanner):
     """khugepaged of one machine."""
 
     def __init__(self, parts: Parts) -> None:
@@ -115,7 +114,7 @@ class Khugepaged(Scanner):
     @property
     def mms(self) -> list[Mm]:
         """The visited address spaces, in order."""
-        return [slot.mm for slot in self.slots if isinstance(slot, Visit)]
+        return [slot.mm for slot in self.slots if isinstance(slot, MmVisit)]
 
     def enter(self, mm: Mm, vma: SimVma) -> None:
         """Visit `mm` from now on, if `vma` may have huge pages (khugepaged_enter_vma)."""
@@ -125,12 +124,12 @@ class Khugepaged(Scanner):
     def visit(self, mm: Mm) -> None:
         """Visit `mm` from now on."""
         if mm not in self.mms:
-            self.add(Visit(self._parts, mm))
+            self.add(MmVisit(self._parts, mm))
 
     def exit(self, mm: Mm) -> None:
         """Stop visiting `mm` (khugepaged_exit)."""
         for slot in self.slots:
-            if isinstance(slot, Visit) and slot.mm is mm:
+            if isinstance(slot, MmVisit) and slot.mm is mm:
                 self.remove(slot)
 
     def _collapsed(self, passage: Passage) -> int:

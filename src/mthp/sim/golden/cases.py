@@ -77,7 +77,7 @@ def expanded(runs: Runs) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ScanRecord:
     """The record of a full scan, or of a call of MADV_COLLAPSE.
 
     Attributes:
@@ -123,7 +123,7 @@ class Case:
     letters: list[str]
     slots: NDArray[np.int64]
     intact: bool
-    passes: tuple[Pass, ...]
+    passes: tuple[ScanRecord, ...]
     calls: tuple[Call, ...] = ()
 
     def seen(self, letter: str) -> NDArray[np.bool_]:
@@ -351,7 +351,7 @@ def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
     return slots
 
 
-def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
+def _passes(raw: dict[str, Any], n: int) -> tuple[ScanRecord, ...]:
     """Return the record of each pass; unchanged orders are not repeated in the file."""
     recorded = _list(raw, "passes")
     PASSES.check(len(recorded))
@@ -381,7 +381,7 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
         for run in _list(seen, "swap_offsets"):
             if not isinstance(run, list) or len(run) != 3 or not all(isinstance(number, int) for number in run):
                 raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
-        passes.append(Pass(orders, seen))
+        passes.append(ScanRecord(orders, seen))
     return tuple(passes)
 
 

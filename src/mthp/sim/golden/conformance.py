@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from mthp.engine.policy import Policy
 from mthp.results import ScanResult
-from mthp.sim.golden.cases import Case, Pass, Runs, case_of, expanded, runs_of
+from mthp.sim.golden.cases import Case, Runs, ScanRecord, case_of, expanded, runs_of
 from mthp.sim.golden.differences import difference
 from mthp.sim.golden.stage import Observation, Stage
 from mthp.sim.kernel import MTHP_COLLAPSE, NO_PTE_TABLE, SWPIN, Kernel, Release, kernel_of, policy_of
@@ -79,7 +79,7 @@ class CaseReport:
 
 
 @dataclass
-class Replay:
+class ReplayTotals:
     """The totals of a replay.
 
     Attributes:
@@ -115,7 +115,7 @@ class Replay:
             self.apart.setdefault(report.apart, []).append(report.id)
 
 
-def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) -> Replay:
+def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) -> ReplayTotals:
     """Replay cases one after another.
 
     Args:
@@ -124,7 +124,7 @@ def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) 
     Raises:
         UsageError: a case is invalid (:mod:`mthp.sim.golden.cases`).
     """
-    totals = Replay()
+    totals = ReplayTotals()
     for case in cases:
         totals.add(replay_case(case, policy))
     return totals
@@ -212,7 +212,7 @@ def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
     return stats
 
 
-def _recorded(case: Case, recorded: Pass) -> dict[str, Any]:
+def _recorded(case: Case, recorded: ScanRecord) -> dict[str, Any]:
     """Return the recorded values of a pass that the replay must match."""
     seen = recorded.seen
     wanted: dict[str, Any] = {

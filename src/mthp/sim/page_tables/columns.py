@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.sim.frames.memory import Fl
-from mthp.sim.mm import Mm, P, Pmd, Ptes, Table
+from mthp.sim.mm import Mm, P, PageTables, Pmd, Ptes
 from mthp.sim.parts import Parts
 
 _NOT_PRESENT = P.SWAP | P.GUARD | P.UFFD_MARKER | P.MIGRATION
@@ -33,7 +33,7 @@ def columns_of(parts: Parts, mm: Mm, segments: Sequence[Segment]) -> PteColumns:
     return PteColumns(tuple(segments), state, order, pfn)
 
 
-def tables_in(mm: Mm, first: int, end: int, ptes_per_pmd: int) -> Iterator[tuple[Table, int, int]]:
+def tables_in(mm: Mm, first: int, end: int, ptes_per_pmd: int) -> Iterator[tuple[PageTables, int, int]]:
     """Yield (table, first page, page behind the last) for the tables of pages `first` to `end`."""
     for table in mm.tables:
         low = max(first, table.first * ptes_per_pmd)
@@ -44,7 +44,7 @@ def tables_in(mm: Mm, first: int, end: int, ptes_per_pmd: int) -> Iterator[tuple
 
 def _fill(
     parts: Parts,
-    table: Table,
+    table: PageTables,
     low: int,
     high: int,
     state: NDArray[np.uint16],

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.geometry import Geometry
-from mthp.sim.mm import Mm, P, Pmd, Table
+from mthp.sim.mm import Mm, P, PageTables, Pmd
 from mthp.sim.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class TableEntries:
     """Entries of one page table.
 
     Attributes:
@@ -24,7 +24,7 @@ class Mapped:
     """
 
     mm: Mm
-    table: Table
+    table: PageTables
     entries: NDArray[np.intp]
 
     def bits(self) -> NDArray[np.uint16]:
@@ -57,7 +57,7 @@ class Mapped:
         return len(rows)
 
 
-def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESENT) -> list[Mapped]:
+def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESENT) -> list[TableEntries]:
     """Return all entries of all address spaces that refer to any of `count` frames from `first` on.
 
     Args:
@@ -73,5 +73,5 @@ def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESE
             # The value of another entry may be a slot, and happen to be one of these numbers.
             entries = near[(bits[near] & (state | P.SPECIAL | P.ZERO)) == state]
             if len(entries):
-                found.append(Mapped(mm, table, entries))
+                found.append(TableEntries(mm, table, entries))
     return found

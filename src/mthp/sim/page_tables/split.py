@@ -13,7 +13,7 @@ import numpy as np
 
 from mthp.sim.frames.memory import ZERO_CONTENT, Fl
 from mthp.sim.mm import Mm, P, Ptes
-from mthp.sim.page_tables.mappings import Mapped, mappings_of
+from mthp.sim.page_tables.mappings import TableEntries, mappings_of
 from mthp.sim.page_tables.zap import munlock_folio
 from mthp.sim.parts import Parts
 
@@ -85,7 +85,7 @@ def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) 
     return True
 
 
-def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
+def _unmap(parts: Parts, mapped: list[TableEntries], head: int) -> bool:
     """Remove all mappings of a folio (unmap_folio); return whether that succeeded."""
     memory, by_pmd = parts.memory, False
     for number, mapping in enumerate(mapped, 1):
@@ -118,7 +118,7 @@ def _pieces(old_order: int, order: int, at: int | None) -> list[tuple[int, int]]
     return sorted([*pieces, (first, left)])
 
 
-def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], mapped: list[Mapped]) -> None:
+def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], mapped: list[TableEntries]) -> None:
     """Make folios of the pieces, with the state of the folio."""
     memory = parts.memory
     run = slice(head, head + size)
@@ -146,13 +146,13 @@ def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], 
         parts.swap.split_cache(head, size)
 
 
-def _map_zero(parts: Parts, mapping: Mapped) -> None:
+def _map_zero(parts: Parts, mapping: TableEntries) -> None:
     """Map the zero page in place of base pages of zeroes (try_to_map_unused_to_zeropage)."""
     memory, frames = parts.memory, mapping.frames()
     zero = (memory.content[frames] == ZERO_CONTENT) & (memory.order[frames] == 0)
     # The program has asked for its locked pages to stay.
     zero &= ((memory.flags[frames] & (Fl.MLOCKED | Fl.POISONED)) == 0) & ~mapping.in_locked(parts.geometry)
-    emptied = Mapped(mapping.mm, mapping.table, mapping.entries[zero])
+    emptied = TableEntries(mapping.mm, mapping.table, mapping.entries[zero])
     memory.mapcount[frames[zero]] -= 1
     memory.refcount[frames[zero]] -= 1
     emptied.set(P.PRESENT | P.ZERO | P.YOUNG | (emptied.bits() & P.UFFD_WP), 0)

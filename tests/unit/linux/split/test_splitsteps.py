@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.linux.split.steps import WRITE_PAGES, Part, Steps
+from mthp.linux.split.steps import WRITE_PAGES, Part, SplitWrites
 
 ALL = [X86_64, *GEOMETRIES.values()]
 
@@ -27,7 +27,7 @@ def carried_out(layout: NDArray[np.int8], *, offset: bool) -> tuple[int, int]:
     """Carry out all writes on a folio: how many there are, and the pages of the folios that they split."""
     order = len(layout).bit_length() - 1
     orders = np.full(len(layout), order, np.int8)
-    steps, todo, writes, pages = Steps(layout, offset=offset), [Part(0, order)], 0, 0
+    steps, todo, writes, pages = SplitWrites(layout, offset=offset), [Part(0, order)], 0, 0
     while todo:
         part = todo.pop()
         assert (orders[part.pages] == part.order).all()

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover.arch.aarch64 import Aarch64
-from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.machine import Architecture
 from mthp.linux.mover.arch.x86_64 import X8664
 
-MACHINES: Mapping[str, type[Machine]] = {"x86_64": X8664, "aarch64": Aarch64}
+MACHINES: Mapping[str, type[Architecture]] = {"x86_64": X8664, "aarch64": Aarch64}
 """The machines that have a stub, by their names in ``uname -m``."""
 
 
-def by_name(name: str) -> Machine:
+def by_name(name: str) -> Architecture:
     """Return the machine with the ``uname -m`` name `name`.
 
     Raises:
@@ -25,7 +25,7 @@ def by_name(name: str) -> Machine:
     return MACHINES[name]()
 
 
-def native() -> Machine:
+def native() -> Architecture:
     """Return the machine that this program runs on.
 
     Raises:

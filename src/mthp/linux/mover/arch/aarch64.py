@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import Machine, Registers
+from mthp.linux.mover.arch.machine import Architecture, Registers
 
 CODE = bytes.fromhex(
     """
@@ -96,7 +96,7 @@ _NT_PRFPREG, _VECTOR_WORDS = 2, 66
 _C_FPSR, _C_VREGS = 600, 608
 
 
-class Aarch64(Machine):
+class Aarch64(Architecture):
     """aarch64. A thread restores itself with rt_sigreturn, so there are no trampolines."""
 
     name = "aarch64"

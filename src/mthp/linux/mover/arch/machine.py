@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Registers = NDArray[np.uint64]
 """General registers, as the register set NT_PRSTATUS holds them, one row for each thread: uint64, shape (threads,
-:attr:`Machine.words`), contiguous."""
+:attr:`Architecture.words`), contiguous."""
 
 _Addresses = NDArray[np.uint64]
 _Bools = NDArray[np.bool_]
@@ -24,7 +24,7 @@ ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 5
 """Negated results of a system call that a signal interrupted (include/linux/errno.h)."""
 
 
-class Machine(abc.ABC):
+class Architecture(abc.ABC):
     """One architecture. It has no state and is the same for every process.
 
     Attributes:

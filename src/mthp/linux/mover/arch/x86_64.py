@@ -19,7 +19,7 @@ from mthp.linux.mover.arch.machine import (
     ERESTARTNOHAND,
     ERESTARTNOINTR,
     ERESTARTSYS,
-    Machine,
+    Architecture,
     Registers,
 )
 from mthp.linux.mover.calls import executable
@@ -149,7 +149,7 @@ _CPUID = bytes.fromhex("5389f889f10fa289d85bc3")
 _IN_CONTEXT = [COLUMN[name] for name in CONTEXT[:18]]
 
 
-class X8664(Machine):
+class X8664(Architecture):
     """x86-64. A thread restores the last three registers (rbx, rsp, rip) from fixed addresses in its trampoline."""
 
     name = "x86_64"
