@@ -219,3 +219,17 @@ def test_the_modules_that_the_design_names_exist() -> None:
             path = word if "/" in word or not folder else f"{folder}/{word}"
             folder = path.rstrip("/").rpartition("/")[0]
             assert (package / f"{path}.py").exists() or (package / path).is_dir(), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_keys_that_exist(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    figures = (ROOT / "docs" / "figures.md").read_text()
+    keys = {found[1] for span in spans if (found := re.match(r"(\w+) = ", span))}
+    assert {key for key in keys if not re.search(rf"^\| `{key}` \| [^|]*TOML", figures, re.MULTILINE)} == set()
+    words = {span for span in spans if re.fullmatch(r"[a-z]+(_[a-z]+)+", span)}
+    assert {word for word in words if word not in everything() + recorder()} == set()
+
+
+def recorder() -> str:
+    return (ROOT / "tests" / "vm" / "recorder.c").read_text()
