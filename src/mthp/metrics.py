@@ -87,13 +87,18 @@ class Coverage:
         return cls(tuple(pages.tolist()), sum(part.unknown for part in parts), out_of_reach)
 
 
-def out_of_reach_remark(size: int, geometry: Geometry) -> str:
-    """Return as a sentence that no kernel collapses `size` bytes (:attr:`Coverage.out_of_reach`); ``""`` if 0."""
+def out_of_reach_remark(size: int, geometry: Geometry, *, movable: bool = True) -> str:
+    """Return as a sentence that no kernel collapses `size` bytes (:attr:`Coverage.out_of_reach`); ``""`` if 0.
+
+    Args:
+        movable: whether nothing is known that keeps the mover from it.
+    """
     if not size:
         return ""
+    remedy = "; mthp collapse --small --mechanism move does, by injected code" if movable else ""
     return (
         f"out of reach: {format_size(size)} lie in no whole {geometry.label(geometry.pmd_order)} range of their"
-        " mapping. No kernel collapses them; mthp collapse --small --mechanism move does, by injected code"
+        f" mapping. No kernel collapses them{remedy}"
     )
 
 

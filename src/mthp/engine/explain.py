@@ -169,7 +169,7 @@ def explain_space(space: AddressSpace, address: int | None = None) -> Explanatio
     memory = [*_what_it_is(space, vma, address, part, columns)]
     outside = 0 if whole else int(anonymous_pages(columns).sum()) * space.geometry.page_size
     if outside:
-        memory.append(out_of_reach_remark(outside, space.geometry))
+        memory.append(out_of_reach_remark(outside, space.geometry, movable=not objections(space, vma)))
     return Explanation(
         space.label,
         space.geometry,
@@ -208,13 +208,14 @@ def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, colu
     advice = "MADV_HUGEPAGE is set" if "hg" in vma.flags else "no advice is set"
     advice = "MADV_NOHUGEPAGE is set" if "nh" in vma.flags else advice
     yield (
-        f"{address:#x} lies in {name}{_KINDS[vma.kind]} of {format_size(vma.size)} at {vma.start:#x}"
+        f"{address:#x} lies in {name}{_KINDS[vma.kind]}, {format_size(vma.size)} at {vma.start:#x}"
         f" ({vma.permissions}); {advice}"
     )
     pages = (part[1] - part[0]) // geometry.page_size
     resident = resident_pages(columns)
     size = geometry.label(geometry.pmd_order)
-    said = f"the {size} range around it has {pages} pages in this mapping: {int(resident.sum())} resident"
+    counted = "1 page" if pages == 1 else f"{pages} pages"
+    said = f"the {size} range around it has {counted} in this mapping: {int(resident.sum())} resident"
     orders = columns.folio_order[anonymous_pages(columns) | resident]
     for order in sorted({int(each) for each in orders}):
         where = f"in folios of {geometry.label(order)}" if order >= 0 else "in folios of a size that is not visible"
@@ -278,7 +279,7 @@ def _explained_process(space: AddressSpace) -> Explanation:
         f" {100 * before.share(pmd):.1f}% of it mapped as {geometry.label(pmd)}"
     ]
     if outside := before.out_of_reach_bytes(geometry):
-        memory.append(out_of_reach_remark(outside, geometry))
+        memory.append(out_of_reach_remark(outside, geometry, movable=not objections(space, None)))
     if space.thp_disabled:
         memory.append("it has switched THP off for itself (PR_SET_THP_DISABLE)")
     found = [
