@@ -35,7 +35,7 @@ from mover_targets import (
 )
 from mthp.errors import TargetVanishedError
 from mthp.linux.mover.arch import native, x86_64
-from mthp.linux.mover.arch.machine import Registers
+from mthp.linux.mover.arch.architecture import Registers
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.process import Process

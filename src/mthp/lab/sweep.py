@@ -25,7 +25,7 @@ from mthp.lab.evaluate import evaluate
 from mthp.lab.figures import METRICS, Row
 from mthp.lab.grid import Grid
 from mthp.lab.heated import accesses_of
-from mthp.lab.parts import PartsDirectory
+from mthp.lab.partsdirectory import PartsDirectory
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor
 from mthp.measuring import out_of_reach_bytes

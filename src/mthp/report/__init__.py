@@ -8,6 +8,6 @@ and cost a few kilobytes. A plotting library offers none of the first three, and
 """
 
 from mthp.report.document import Document
-from mthp.report.page import load_template, render, write
+from mthp.report.page import html_of, load_template, write
 
-__all__ = ["Document", "load_template", "render", "write"]
+__all__ = ["Document", "html_of", "load_template", "write"]

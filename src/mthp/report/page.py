@@ -18,7 +18,7 @@ POLICY = "default-src 'none'; style-src '{style}'; img-src data:; base-uri 'none
 """Content-Security-Policy: the browser lets the page use this one style, and nothing else."""
 
 
-def render(document: Document) -> str:
+def html_of(document: Document) -> str:
     """Return the page.
 
     Raises:
@@ -40,7 +40,7 @@ def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
         UnsupportedError: Jinja2 is not installed.
     """
     # Names that are not UTF-8 hold surrogates, which cannot be encoded.
-    data = render(document).encode("utf-8", "replace")
+    data = html_of(document).encode("utf-8", "replace")
     write_whole(path, data, overwrite=overwrite)
     return len(data)
 

@@ -15,7 +15,7 @@ from mthp.errors import MthpError
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
 from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section
 from mthp.report.gather import Source, report_on
-from mthp.report.page import render, write
+from mthp.report.page import html_of, write
 from report_spaces import HOSTILE, hostile, redis_like
 
 pytest.importorskip("jinja2")
@@ -99,14 +99,14 @@ def test_no_text_of_a_document_becomes_markup() -> None:
         notes=[bad],
         version=bad,
     )
-    tags = Tags(render(document))
+    tags = Tags(html_of(document))
     assert not [tag for tag, attributes in tags.tags if tag in ("b", "script") or "onclick" in attributes]
     assert tags.text.count(bad) > 20
 
 
 def test_names_of_a_hostile_process_stay_text() -> None:
     document = report_on(Source(hostile(), "then", arguments=HOSTILE[1]), PlanOptions(), [])
-    tags = Tags(render(document))
+    tags = Tags(html_of(document))
     assert not {tag for tag, _ in tags.tags} & {"script", "img", "iframe", "a", "object"}
     assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
     addresses = {value for _, attributes in tags.tags for name, value in attributes.items() if name in ("src", "href")}
@@ -115,7 +115,7 @@ def test_names_of_a_hostile_process_stay_text() -> None:
 
 def test_a_report_says_what_it_is_about_and_how_to_repeat_it() -> None:
     document = report_on(Source(redis_like(), "at noon"), PlanOptions(max_ptes_none=64), [Command("again", "mthp x")])
-    text = Tags(render(document)).text
+    text = Tags(html_of(document)).text
     for wanted in ("4711 (redis-server)", "at noon", "Linux 6.18.44", "mthp x", "max_ptes_none 64", "[heap]"):
         assert wanted in text
     facts = dict(document.facts)
@@ -128,7 +128,7 @@ def test_a_process_without_memory_is_told_in_words() -> None:
     document = report_on(Source(FakeSpace([]), "then"), PlanOptions(), [])
     assert document.verdict.startswith("Nothing is resident")
     assert document.sections == ()
-    render(document)
+    html_of(document)
 
 
 def test_a_report_is_written_whole_and_replaces_nothing_unasked(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fakes import FakeSpace
 from mthp.engine.select import PlanOptions
 from mthp.ptes import Pte
-from mthp.report import render
+from mthp.report import html_of
 from mthp.report.gather import Source, report_on
 from mthp.report.timeline import chosen_steps, gather, section
 from report_spaces import mixed
@@ -50,7 +50,7 @@ def test_coverage_and_memory_are_drawn_over_time() -> None:
 
 def test_one_step_is_a_recording_too() -> None:
     timeline = gather([(0.0, grown(3))], "it was cut off")
-    page = render(report_on(Source(grown(3), "then", timeline=timeline), PlanOptions(), []))
+    page = html_of(report_on(Source(grown(3), "then", timeline=timeline), PlanOptions(), []))
     assert "it was cut off" in page
     assert "Coverage over time" in page
 

@@ -16,7 +16,7 @@ from mthp.errors import TargetVanishedError
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.padding import pack_slot
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.tracee import CannotStopError, Tracee, TraceeState
 
 CALLS = 4
@@ -62,7 +62,7 @@ class BootedThread:
         stub_at = (layout.header, layout.context(tracee.row), layout.base) if layout else (0, 0, 0)
         boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, stub_at, calls)
         frozen.write(slot, pack_slot(boot, tracee.tid, self._machine.slot_bytes))
-        report(Step.LOADED)
+        reached(Step.LOADED)
 
     @property
     def unmap(self) -> int:
@@ -76,7 +76,7 @@ class BootedThread:
             OSError: ESRCH if the thread was killed.
         """
         self._jump(self._machine.boot_entry)
-        report(Step.BOOTED)
+        reached(Step.BOOTED)
         # If the tracer dies before this line, the code blocks the signals itself from its first instruction on.
         ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
         # The mask is set now: skip the code's own call for it.

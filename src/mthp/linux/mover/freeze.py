@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Architecture
+from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.reentry import before_calls, make_again
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import (
     BORROWED_STATES,
@@ -348,7 +348,7 @@ class FrozenProcess(ProcessMemory):
             for tid in sorted(standing, key=again.__contains__):
                 try:
                     make_again(self, tid) if tid in again else ptrace.detach(tid)
-                    report(Step.RELEASED)
+                    reached(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
         # Only reaped: a thread that has not stopped cannot be detached (ESRCH, ptrace(2)), and the end of the tracing
@@ -372,7 +372,7 @@ class FrozenProcess(ProcessMemory):
                 continue
             try:
                 tracee.put_back()
-                report(Step.UNPARKED)
+                reached(Step.UNPARKED)
             except OSError as error:
                 self._accept_exit(tracee.tid, error)
 

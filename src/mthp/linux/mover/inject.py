@@ -28,7 +28,7 @@ from mthp.linux.mover.boot import BootedThread, RemoteError
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
 from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.tracee import Tracee
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -130,13 +130,13 @@ class Injection:
         # If the tracer was slow, the worker has unmapped everything by itself.
         with contextlib.suppress(MthpError):
             self._frozen.write(start, stub.UNMAP_ALL.to_bytes(8, sys.byteorder))
-        report(Step.UNMAPPING)
+        reached(Step.UNMAPPING)
         self._booted.await_that(lambda: not self._is_mapped())
-        report(Step.UNMAPPED)
+        reached(Step.UNMAPPED)
         # The only stop on the way: on a busy machine waiting for a thread to run again takes longer than all its work.
         if not self._booted.stop():
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-        report(Step.FETCHED)
+        reached(Step.FETCHED)
         if self._booted.is_inside:
             self._booted.put_back()
         else:
@@ -194,7 +194,7 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
         if not begun:
             # The thread goes on without a tracer.
             frozen.abandon()
-    report(Step.MAPPED)
+    reached(Step.MAPPED)
     return injection
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.errors import MthpError, UnsupportedError
-from mthp.linux.mover.arch.machine import Architecture
+from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.process import Process
 

@@ -18,7 +18,7 @@ from mthp.linux.mover import stub
 from mthp.linux.mover.boot import await_worker
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Injection, explain_preparation
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 
 _POLL_SECONDS = 20e-6
 _RSEQ_BYTES = 32
@@ -53,7 +53,7 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
     # From here on, if the tracer dies, the worker waits in the stub for the other threads before it unmaps everything.
     frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
-    report(Step.WRITTEN)
+    reached(Step.WRITTEN)
     for tracee in frozen.tracees.values():
         tracee.borrow()
     stopped.park(layout.parked(stopped.homes), but=worker.row)
@@ -74,18 +74,18 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         # The worker changes SETUP to GO, atomically, and a thread that gives up changes SETUP to ABORT: only one of
         # them can.
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
-        report(Step.RUNNING)
+        reached(Step.RUNNING)
         # Polling interrupts the worker where both share a processor.
         state = functools.partial(frozen.read, layout.header, stub.STATE_BYTES)
         await_worker(frozen, worker.tid, lambda: stub.unpack_state(state()) >= stub.DONE, _POLL_SECONDS)
-        report(Step.DONE)
+        reached(Step.DONE)
         prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
         size = blocks * stub.OPERATION.itemsize
         results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
         # Before everything is unmapped: they are still in the stub's code.
         frozen.put_back_others(worker)
         injection.take_out()
-        report(Step.UNPARKED)
+        reached(Step.UNPARKED)
         finished = True
     finally:
         if not finished:

@@ -2,7 +2,7 @@
 
 Requests for all threads at once go through :mod:`~mthp.linux.mover.calls`, with the same numbers, those of
 include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
-architecture has; its layout is in the machine (:mod:`~mthp.linux.mover.arch.machine`).
+architecture has; its layout is in the machine (:mod:`~mthp.linux.mover.arch.architecture`).
 """
 
 from __future__ import annotations

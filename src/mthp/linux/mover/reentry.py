@@ -21,7 +21,7 @@ from typing import Protocol
 
 from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import Architecture
+from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.taskfiles import read_task_file
 from mthp.linux.mover.tracee import Tracee, TraceeState
 from mthp.linux.process import Process

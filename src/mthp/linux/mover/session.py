@@ -25,7 +25,7 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageE
 from mthp.geometry import Geometry
 from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Architecture
+from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
@@ -35,7 +35,7 @@ from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.recheck import Before, Recheck
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, touches
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.process import Process
@@ -102,7 +102,7 @@ def all_stopped(
     frozen = FrozenProcess(process, timeout_ns, machine, like)
     try:
         frozen.stop(known)
-        report(Step.STOPPED)
+        reached(Step.STOPPED)
         yield frozen
     except OSError as error:
         # Every request for a thread that SIGKILL has woken from its stop ends with ESRCH.

@@ -50,7 +50,7 @@ def observe(by: Observer | None) -> None:
     observer = by
 
 
-def report(step: Step) -> None:
+def reached(step: Step) -> None:
     """Call the observer, if there is one."""
     if observer is not None:
         observer(step)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.arch.machine import Architecture, Registers
+from mthp.linux.mover.arch.architecture import Architecture, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 

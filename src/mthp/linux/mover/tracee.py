@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import ptrace, steps
-from mthp.linux.mover.arch.machine import Architecture, Registers
+from mthp.linux.mover.arch.architecture import Architecture, Registers
 from mthp.linux.mover.calls import Calls
-from mthp.linux.mover.steps import Step, report
+from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.process import Process
 
@@ -239,7 +239,7 @@ class Stopped:
         if step is None or steps.observer is None:
             calls.run(first, len(rows))
         else:
-            calls.run_each(first, len(rows), lambda: report(step))
+            calls.run_each(first, len(rows), lambda: reached(step))
 
     def _check(self, calls: Calls, rows: int, allowed: Sequence[int] = ()) -> None:
         """Do nothing if the first `rows` of `calls` have succeeded, or failed with an `allowed` errno.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import calls, stub
-from mthp.linux.mover.arch import MACHINES, aarch64, by_name, machine, x86_64
+from mthp.linux.mover.arch import MACHINES, aarch64, architecture, by_name, x86_64
 from mthp.linux.mover.arch.aarch64 import Aarch64
 from mthp.linux.mover.arch.x86_64 import COLUMN, NO_SYSCALL, X8664
 from mthp.linux.mover.ptrace import ALL_SIGNALS
@@ -189,13 +189,13 @@ def test_a_trampoline_refers_to_its_own_context() -> None:
 @pytest.mark.parametrize(
     ("call", "result", "expected"),
     [
-        (35, -machine.ERESTART_RESTARTBLOCK, (x86_64.NR_RESTART_SYSCALL, -2)),
-        (0, -machine.ERESTARTSYS, (0, -2)),
-        (34, -machine.ERESTARTNOHAND, (34, -2)),
-        (56, -machine.ERESTARTNOINTR, (56, -2)),
+        (35, -architecture.ERESTART_RESTARTBLOCK, (x86_64.NR_RESTART_SYSCALL, -2)),
+        (0, -architecture.ERESTARTSYS, (0, -2)),
+        (34, -architecture.ERESTARTNOHAND, (34, -2)),
+        (56, -architecture.ERESTARTNOINTR, (56, -2)),
         (0, 5, (5, 0)),
         (0, -4, (-4, 0)),
-        (-1, -machine.ERESTARTSYS, (-machine.ERESTARTSYS, 0)),
+        (-1, -architecture.ERESTARTSYS, (-architecture.ERESTARTSYS, 0)),
     ],
 )
 def test_a_thread_that_restores_itself_restarts_its_call(call: int, result: int, expected: tuple[int, int]) -> None:
@@ -217,7 +217,7 @@ def test_only_an_eintr_of_a_listed_call_is_made_good() -> None:
     ]
     registers = np.concatenate(rows)
     assert X8664().repair(registers).tolist() == [True, False, False, False]
-    assert registers[:, COLUMN["rax"]].astype(np.int64).tolist() == [-machine.ERESTARTNOHAND, 0, eintr, eintr]
+    assert registers[:, COLUMN["rax"]].astype(np.int64).tolist() == [-architecture.ERESTARTNOHAND, 0, eintr, eintr]
 
 
 def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:

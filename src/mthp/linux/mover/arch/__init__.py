@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover.arch.aarch64 import Aarch64
-from mthp.linux.mover.arch.machine import Architecture
+from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.arch.x86_64 import X8664
 
 MACHINES: Mapping[str, type[Architecture]] = {"x86_64": X8664, "aarch64": Aarch64}

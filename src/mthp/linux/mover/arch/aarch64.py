@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import Architecture, Registers
+from mthp.linux.mover.arch.architecture import Architecture, Registers
 
 CODE = bytes.fromhex(
     """

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import (
+from mthp.linux.mover.arch.architecture import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
     ERESTARTNOINTR,
