@@ -110,7 +110,7 @@ def _out_of_reach(done: Sequence[Verification]) -> list[str]:
 
 
 def checks_table(each: Each[Verification]) -> Table:
-    """Return a table with a line for each target and expectation."""
+    """Return a table with a line for each target and expectation, and their sum over several targets."""
     columns = ["target", "expectation", "resident", "share", "verdict", "reason"]
     rows = []
     for _, result in each.results:
@@ -128,7 +128,18 @@ def checks_table(each: Each[Verification]) -> Table:
             ]
             for check in result.checks
         ]
+    if len(each.done) > 1:
+        rows += [_sum(checks) for checks in zip(*(done.checks for done in each.done), strict=True)]
     return Table("Memory in folios of a size or larger ones", columns, rows, right={2, 3}, names={0})
+
+
+def _sum(checks: Sequence[Checked]) -> list[str]:
+    """Return the line of one expectation of all targets."""
+    resident = sum(check.resident_bytes for check in checks)
+    covered = sum((check.share or 0.0) * check.resident_bytes for check in checks)
+    passed = sum(check.verdict == "passed" for check in checks)
+    share = percent(covered / resident) if resident else ""
+    return ["in all", checks[0].expectation, format_size(resident), share, f"{passed} of {len(checks)} passed", ""]
 
 
 def _junit(each: Each[Verification]) -> str:

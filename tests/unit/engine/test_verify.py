@@ -208,3 +208,24 @@ def test_what_goes_wrong_is_unknown_to_nagios(
 ) -> None:
     assert main(["verify", target, "--expect", expected, "--format", "nagios"]) == 3
     assert capsys.readouterr().out.startswith(f"MTHP UNKNOWN - {begins}")
+
+
+def test_several_targets_have_a_sum(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshot = pytest.importorskip("mthp.snapshot")
+    none, empty = (str(tmp_path / name) for name in ("none.parquet", "empty.parquet"))
+    snapshot.record(space(HEAP, runs=((1024, Pte.PRESENT, 0),)), none)
+    snapshot.record(space(HEAP, runs=((1024, Pte(0), -1),)), empty)
+    assert main(["verify", file, none, empty, "--expect", "2M>=50%"]) == 1
+    assert capsys.readouterr().out.splitlines()[-2].split() == [
+        "in",
+        "all",
+        "2M>=50%",
+        "8M",
+        "25.0%",
+        "1",
+        "of",
+        "3",
+        "passed",
+    ]
+    assert main(["verify", file, "--expect", "2M>=50%"]) == 0
+    assert "in all" not in capsys.readouterr().out
