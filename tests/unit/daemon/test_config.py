@@ -225,6 +225,11 @@ def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_somethi
     assert "etc and --policy are given" in capsys.readouterr().err
 
 
+def test_the_option_for_a_user_takes_any_number_of_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daemon", "--uid", "9" * 5000, "--check-config"]) == 0
+    assert capsys.readouterr().out.startswith("1 rules")
+
+
 @pytest.mark.parametrize(
     ("text", "endpoint"),
     [
