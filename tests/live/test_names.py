@@ -137,10 +137,18 @@ def test_a_table_has_a_line_for_each_target_and_the_sum(tmp_path: Path) -> None:
     sleep = linked(tmp_path, "mthp-test-two", "sleep")
     with subprocess.Popen([sleep, "600"]) as one, subprocess.Popen([sleep, "600"]) as other:
         try:
-            for command in (["inspect"], ["plan"], ["collapse", "--dry-run"], ["trim", "--dry-run"]):
+            for command in (
+                ["inspect"],
+                ["plan"],
+                ["collapse", "--dry-run"],
+                ["trim", "--dry-run"],
+                ["verify", "--expect", "2M>=0%"],
+            ):
                 done = mthp(*command, "mthp-test-two")
                 lines = [line.split() for line in done.stdout.splitlines() if line]
-                assert [line[0] for line in lines[2:]] == [*map(str, sorted((one.pid, other.pid))), "in"]
+                # Title and heads before the rows, remarks behind them.
+                rows = [line for line in lines[2:] if line[0] != "note:"]
+                assert [line[0] for line in rows] == [*map(str, sorted((one.pid, other.pid))), "in"]
         finally:
             one.kill()
             other.kill()
