@@ -21,7 +21,7 @@ PATIENCE = 120.0 * FACTOR
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Whether `condition` comes true."""
+    """Return whether `condition` comes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -73,7 +73,7 @@ def options(*more: object) -> list[object]:
 
 
 def share_by_smaps(pid: int) -> float:
-    """The share of the anonymous memory that PMD entries map, as the kernel says it."""
+    """Return the share of the anonymous memory that PMD entries map, as the kernel says it."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     values = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return values["AnonHugePages"] / values["Anonymous"]
@@ -243,14 +243,14 @@ def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor
 
 
 def many(actor: Actor, count: int = 40) -> int:
-    """Some PMD ranges with a page at every fourth place, for a collapse that takes its time."""
+    """Return some PMD ranges with a page at every fourth place, for a collapse that takes its time."""
     address = actor.map(count * PMD_SIZE)
     actor.fill(address, count * PAGES // 4, 4)
     return address
 
 
 def slowly(actor: Actor, *more: object) -> subprocess.Popen[str]:
-    """A collapse that would take some seconds, once it is under way."""
+    """Return a collapse that would take some seconds, once it is under way."""
     before = memory_of(actor.pid).anon_huge
     arguments = map(str, options("--rate", "20M", "--json", *more))
     running = subprocess.Popen(

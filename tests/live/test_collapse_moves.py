@@ -329,7 +329,7 @@ def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
 
 
 def suspended(pid: int, step: int) -> subprocess.Popen[str]:
-    """A collapse that is stopped at a chosen step of the mover."""
+    """Return a collapse that is stopped at a chosen step of the mover."""
     arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", *MOVE, "--json"]
     for _ in range(20):
         running = subprocess.Popen(

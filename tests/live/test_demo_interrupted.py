@@ -34,7 +34,7 @@ def demo() -> Iterator[subprocess.Popen[str]]:
 
 
 def stages() -> list[str]:
-    """The stages of a whole demo, in order."""
+    """Return the stages of a whole demo, in order."""
     with demo() as process:
         return [line for line in process.communicate(timeout=PATIENCE)[1].splitlines() if line.endswith(" ...")]
 
@@ -53,7 +53,7 @@ def _gone(pids: set[int]) -> bool:
 
 
 def settings() -> dict[Path, str]:
-    """The switches and tunables that a mechanism may change."""
+    """Return the switches and tunables that a mechanism may change."""
     return {file: file.read_text() for pattern in SETTINGS for file in THP_ROOT.glob(pattern)}
 
 

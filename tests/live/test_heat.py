@@ -80,7 +80,7 @@ def target(*, apart: bool = False, advised: bool = False) -> Iterator[tuple[int,
 
 
 def hot_share(space: LiveAddressSpace, source: str, start: int, step: int = 1) -> float:
-    """The part of the accesses to the PMD ranges, as a source sees them, that goes to the hot ones."""
+    """Return the part of the accesses to the PMD ranges, as a source sees them, that goes to the hot ones."""
     heat = heat_of(space, HeatRequest(source, SECONDS))  # type: ignore[arg-type]
     assert heat is not None
     assert heat.seconds > 0

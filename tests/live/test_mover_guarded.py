@@ -84,7 +84,7 @@ def hammer() -> ctypes.CDLL:
 
 
 def words(address: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """The memory as an array of uint64."""
+    """Return the memory as an array of uint64."""
     return np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), np.uint64)
 
 

@@ -49,7 +49,7 @@ def words() -> dict[str, str]:
 
 
 def is_settled(root: Path, wanted: dict[str, str]) -> bool:
-    """Whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
+    """Return whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
     return words() == wanted and not has_entries(root) and not watchers_of(root)
 
 

@@ -46,7 +46,7 @@ def faults_of_one_page(thp_switches: ThpSwitches) -> None:
 
 
 def program(name: str) -> str:
-    """The path of a program; skips the test where it is not installed."""
+    """Return the path of a program; skips the test where it is not installed."""
     where = shutil.which(name, path=os.pathsep.join([os.defpath, "/usr/sbin", "/sbin"]))
     if where is None:
         pytest.skip(f"needs {name}")

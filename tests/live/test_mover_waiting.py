@@ -110,7 +110,7 @@ def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches:
 
 
 def _disturbed(directory: Path, turns: int) -> tuple[int, dict[str, list[tuple[int, ...]]]]:
-    """How often a target was stopped during these turns, and what its calls returned."""
+    """Return how often a target was stopped during these turns, and what its calls returned."""
     stops = 0
     with Syscalls(directory, turns) as target:
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]

@@ -137,7 +137,7 @@ def test_defaults_hold_for_every_rule_that_does_not_say_otherwise() -> None:
 
 
 def written(directory: Path, **files: str) -> Path:
-    """A directory of a configuration: `main` is mthp.toml, and all else is a file of conf.d."""
+    """Return a directory of a configuration: `main` is mthp.toml, and all else is a file of conf.d."""
     (directory / "conf.d").mkdir()
     for name, contents in files.items():
         (directory / "mthp.toml" if name == "main" else directory / "conf.d" / f"{name}.toml").write_text(contents)
