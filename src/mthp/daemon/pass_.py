@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,8 @@ from mthp import abilities, thp_unadvised
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
-from mthp.daemon.eagerness import large_enough
+from mthp.daemon.eagerness import EagernessLevel, large_enough
 from mthp.daemon.environment import Environment
-from mthp.daemon.rules import Settings
 from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
 from mthp.engine.select import PlanOptions
@@ -36,7 +35,6 @@ from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
-from mthp.tunables import Switches, Tunables
 from mthp.vma import VmaKind
 
 TRIM_DISTANCE = 0.5
@@ -72,9 +70,8 @@ class TargetPass:
     Args:
         environment: state that all targets share.
         pid: PID of the target.
-        settings: settings of the target.
+        level: the target's level of eagerness, with its settings.
         bloat_left: returns the bytes that filling may still add; None for unlimited.
-        smallest: the smallest order to make, if the target may have one as large.
 
     Attributes:
         space: open address space of the target; closed with this.
@@ -90,15 +87,11 @@ class TargetPass:
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        pid: int,
-        settings: Settings,
-        bloat_left: Callable[[], int | None],
-        smallest: int = 0,
+        self, environment: Environment, pid: int, level: EagernessLevel, bloat_left: Callable[[], int | None]
     ) -> None:
         self._environment = environment
-        self._settings, self._smallest = settings, smallest
+        settings = self._settings = level.settings
+        self._smallest = level.smallest
         self.out_of_memory = ""
         self.unadvised = False
         self.reasons: Counter[str] = Counter()
@@ -131,15 +124,14 @@ class TargetPass:
 
     def _choice(self) -> PlanOptions:
         settings = self._settings
-        switches, tunables = governed(self._environment, self._chosen)
         return PlanOptions(
             policy=settings.policy,
             orders=self._orders(),
             max_ptes_none=settings.max_ptes_none,
             max_ptes_swap=settings.max_ptes_swap,
             max_ptes_shared=settings.max_ptes_shared,
-            switches=switches,
-            tunables=tunables,
+            switches=self._environment.switches_for(self._chosen),
+            tunables=self._environment.tunables,
         )
 
     def only_advised(self) -> None:
@@ -150,11 +142,11 @@ class TargetPass:
     @property
     def makes(self) -> frozenset[int]:
         """The orders that the rule's mechanism makes."""
-        return frozenset(order for order, mechanism in self._mechanisms.items() if mechanism is not None)
+        return frozenset(self._mechanisms)
 
     def _orders(self) -> tuple[int, ...] | str:
         orders = self._settings.orders
-        return orders if isinstance(orders, str) else tuple(order for order in orders if order in self._chosen)
+        return orders if isinstance(orders, str) else tuple(sorted(self._chosen))
 
     @property
     def _chosen(self) -> frozenset[int]:
@@ -283,24 +275,6 @@ class TargetPass:
         if any(self._admission.ended_by(attempt.result) for attempt in attempts):
             self.out_of_memory = self._admission.room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
             self._stretches.clear()
-
-
-def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches, Tunables]:
-    """Return the effective switches and tunables for a target: sizes that its mechanism does not make are off.
-
-    Args:
-        makes: the orders that the mechanism makes.
-    """
-    sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
-    return replace(environment.switches, sizes=sizes), environment.tunables
-
-
-def decided_by(environment: Environment, makes: Collection[int]) -> object:
-    """Return the part of :func:`governed` that decides the work in a target, for comparison with another time."""
-    switches, tunables = governed(environment, makes)
-    # Both with and without advice, because mappings may have been advised since.
-    sizes = [switches.orders(advised=advised) for advised in (True, False)]
-    return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
 
 
 def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:
