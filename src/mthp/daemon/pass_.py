@@ -303,31 +303,12 @@ def account(
         counters, service: counters of the target.
         space: address space of the target, which hands over its pauses and calls.
     """
-    geometry, size = environment.geometry, environment.geometry.page_size
-    calls, pauses = take_calls(space), take_pauses(space)
+    geometry = environment.geometry
     rule = environment.services.rules.setdefault(service.rule, RuleCounters())
-    work = WorkCounters(scanned_ptes=passage.progress)
-    for attempt in passage.attempts:
-        order, result = attempt.order, attempt.result
-        # A split may leave pages that the collapse filled beside its blocks, also if it fails.
-        added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
-        work.bloat_bytes += added * size
-        rule.bloat_bytes[order] += added * size
-        if result is ScanResult.SUCCEED:
-            work.collapsed[order] += 1
-            work.copied_bytes += attempt.copied * size
-            environment.free.given(order)
-        # A folio that is there already is not a failure.
-        elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
-            work.failed[result] += 1
-            rule.failed[order] += 1
-            # Without a duration the kernel was not called: the admission refused.
-            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
-                environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
-        if order == geometry.pmd_order and attempt.elapsed_ns:
-            calls.append(attempt.elapsed_ns)
-    work.ranges.update(map(ScanResult, passage.results.tolist()))
-    rule.collapsed.update(work.collapsed)
+    work = _work_of(passage, environment, rule)
+    pauses, calls = take_pauses(space), take_calls(space)
+    # Calls for the PMD size are not among those of the space.
+    calls += [one.elapsed_ns for one in passage.attempts if one.order == geometry.pmd_order and one.elapsed_ns]
     for one in (counters, environment.total):
         one.add(work)
         one.stopped.add(pauses)
@@ -346,6 +327,32 @@ def account(
             max_pause_seconds=max(pauses, default=0) / 1e9,
         )
     return made
+
+
+def _work_of(passage: Passage, environment: Environment, rule: RuleCounters) -> WorkCounters:
+    """Return the work of a passage; count it for its rule, and note the orders of which the machine has folios."""
+    size = environment.geometry.page_size
+    work = WorkCounters(scanned_ptes=passage.progress)
+    for attempt in passage.attempts:
+        order, result = attempt.order, attempt.result
+        # A split may leave pages that the collapse filled beside its blocks, also if it fails.
+        added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
+        work.bloat_bytes += added * size
+        rule.bloat_bytes[order] += added * size
+        if result is ScanResult.SUCCEED:
+            work.collapsed[order] += 1
+            work.copied_bytes += attempt.copied * size
+            environment.free.given(order)
+        # A folio that is there already is not a failure.
+        elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
+            work.failed[result] += 1
+            rule.failed[order] += 1
+            # Without a duration the kernel was not called: the admission refused.
+            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
+                environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
+    work.ranges.update(map(ScanResult, passage.results.tolist()))
+    rule.collapsed.update(work.collapsed)
+    return work
 
 
 def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tuple[int, int | None]:

@@ -73,7 +73,12 @@ def unit_text(
         "IPAddressDeny=any\nIPAddressAllow=localhost" if local else "# The metrics page is for other machines, too."
     )
     writable = "" if events is None or events.is_relative_to(LOGS) else f"ReadWritePaths={events.parent}\n"
-    return f"""\
+    return _UNIT.format(
+        kind=kind, command=command, reasons=reasons, capabilities=capabilities, writable=writable, network=network
+    )
+
+
+_UNIT = """\
 [Unit]
 Description=khugepaged in user space: collapses the memory of chosen processes to large folios
 Documentation=man:mthp-daemon(1)
