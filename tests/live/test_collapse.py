@@ -163,6 +163,7 @@ def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
     assert report["over_budget_ranges"]
 
 
+@pytest.mark.slow
 def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
     layout = Layout.of(actor)
     # Full ranges only: the plan is carried out, and the other ranges are unchanged.
@@ -224,6 +225,7 @@ def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
     layout.check_contents()
 
 
+@pytest.mark.slow
 def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 32)
@@ -268,6 +270,7 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     return running.returncode, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None:
     address = many(actor)
@@ -283,6 +286,7 @@ def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None
     assert actor.damaged(address, 40 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_the_target_is_killed_in_the_middle(actor: Actor) -> None:
     many(actor)
     running = slowly(actor)
@@ -293,6 +297,7 @@ def test_the_target_is_killed_in_the_middle(actor: Actor) -> None:
     assert report["not_tried_ranges"] > 0
 
 
+@pytest.mark.slow
 def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     address = many(actor, 20)
     running = slowly(actor)
@@ -305,6 +310,7 @@ def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     assert actor.damaged(address, 10 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_the_target_forks_in_the_middle(actor: Actor) -> None:
     address = many(actor, 20)
     running = slowly(actor)
@@ -317,6 +323,7 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
     assert actor.damaged(address, 20 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_a_rate_is_kept(actor: Actor) -> None:
     many(actor, 10)
     report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))

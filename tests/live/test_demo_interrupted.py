@@ -15,7 +15,12 @@ from e2e.helpers import MTHP
 from thp_switches import THP_ROOT
 from waiting import PATIENCE, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp"), pytest.mark.usefixtures("thp_switches")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "thp"),
+    pytest.mark.usefixtures("thp_switches"),
+]
 
 INTERRUPTED = 128 + signal.SIGINT
 SETTINGS = ("**/enabled", "khugepaged/max_*", "khugepaged/*_millisecs", "khugepaged/pages_to_scan")

@@ -142,6 +142,7 @@ def covered(space: LiveAddressSpace) -> float:
     return measure(space, space.vmas()).now.share(PMD_ORDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 def test_a_collapse_reaches_no_more_than_compaction_allows(target: Actor, state: tuple[int, int]) -> None:
     """It is an upper bound here: compaction stops before all is compacted."""
