@@ -19,6 +19,7 @@ from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.reentry import before_calls, make_again
+from mthp.linux.mover.refuse.threads import check_thread
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import (
@@ -29,7 +30,6 @@ from mthp.linux.mover.tracee import (
     Stopped,
     Tracee,
     TraceeState,
-    check_thread,
 )
 from mthp.linux.process import Process
 

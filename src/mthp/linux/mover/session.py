@@ -34,10 +34,11 @@ from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.recheck import Before, Recheck
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, touches
+from mthp.linux.mover.refuse.threads import check_threads
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import read_threads
-from mthp.linux.mover.tracee import Stopped, check_threads
+from mthp.linux.mover.tracee import Stopped
 from mthp.linux.process import Process
 from mthp.means import MAX_PAUSE_NS, PAUSE_SHARE, Means
 from mthp.movechecks import Refusal

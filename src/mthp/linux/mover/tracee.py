@@ -24,8 +24,6 @@ from mthp.linux.mover import ptrace, steps
 from mthp.linux.mover.arch.architecture import Architecture, Registers
 from mthp.linux.mover.calls import Calls
 from mthp.linux.mover.steps import Step, reached
-from mthp.linux.mover.taskfiles import Thread
-from mthp.linux.process import Process
 
 Reader = Callable[[int, int], bytes]
 """Returns a number of bytes of the target's memory from an address on."""
@@ -373,31 +371,3 @@ def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArr
             if start <= int(stopped.registers[row, stopped.machine.pc]) < start + length:
                 aborts[row] = abort
     return aborts
-
-
-def check_threads(process: Process, threads: list[Thread]) -> dict[int, Thread]:
-    """Return `threads` by TID if all may run injected code.
-
-    Raises:
-        CannotStopError: one may not.
-    """
-    for thread in threads:
-        check_thread(process, thread)
-    return {thread.tid: thread for thread in threads}
-
-
-def check_thread(process: Process, thread: Thread) -> None:
-    """Do nothing if `thread` may run injected code.
-
-    Raises:
-        CannotStopError: it filters system calls, which may kill it for the mover's, or is a thread of io_uring.
-    """
-    if thread.seccomp:
-        raise CannotStopError(
-            f"process {process.label}: thread {thread.tid} filters its system calls (seccomp)",
-            help="a filter may kill the process for the mover's calls",
-        )
-    if thread.comm.startswith("iou-"):
-        raise CannotStopError(
-            f"process {process.label} uses io_uring ({thread.comm}), which may hold its pages",
-        )

@@ -7,8 +7,9 @@ cannot be seen page by page, so a process that could have such a holder is refus
 
 Refusals come at three levels, from the largest to the smallest:
 
-- :mod:`~mthp.linux.mover.refuse.process`, with its open files in :mod:`~mthp.linux.mover.refuse.devices` and other
-  processes in its memory in :mod:`~mthp.linux.mover.refuse.sharing`;
+- :mod:`~mthp.linux.mover.refuse.process`, with its open files in :mod:`~mthp.linux.mover.refuse.devices`, other
+  processes in its memory in :mod:`~mthp.linux.mover.refuse.sharing`, and its threads in
+  :mod:`~mthp.linux.mover.refuse.threads`;
 - :mod:`mthp.movechecks`: mappings;
 - :mod:`~mthp.linux.mover.refuse.block`, with the large folios that cannot be split in
   :mod:`~mthp.linux.mover.refuse.pinned`.
