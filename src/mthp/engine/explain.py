@@ -166,7 +166,7 @@ def explain_space(space: AddressSpace, address: int | None = None) -> Explanatio
     columns = space.read([] if vma.kind is VmaKind.SPECIAL else [part])
     whole = part == (start, start + size)
     plans = _plans(space, vma, (start, start + size)) if whole else []
-    memory = [*_what_it_is(space, vma, address, part, columns)]
+    memory = [*_described(space, vma, address, part, columns)]
     outside = 0 if whole else int(anonymous_pages(columns).sum()) * space.geometry.page_size
     if outside:
         memory.append(out_of_reach_remark(outside, space.geometry, movable=not objections(space, vma)))
@@ -202,7 +202,7 @@ def _reason_of(plan: SpacePlan) -> str:
     return max(reasons, key=reasons.__getitem__, default="it is empty")
 
 
-def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, columns: PteColumns) -> Iterator[str]:
+def _described(space: AddressSpace, vma: Vma, address: int, part: Segment, columns: PteColumns) -> Iterator[str]:
     geometry = space.geometry
     name = f"{vma.name}, " if vma.name else ""
     advice = "MADV_HUGEPAGE is set" if "hg" in vma.flags else "no advice is set"
