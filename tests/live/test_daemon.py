@@ -345,7 +345,7 @@ def test_a_socket_whose_place_is_taken(run: Path) -> None:
     (run / "daemon.sock").write_text("not a socket")
     code, said = refused(run, "--all")
     assert code == 2
-    assert "is no socket" in said
+    assert "is not a socket" in said
     assert (run / "daemon.sock").read_text() == "not a socket"
 
 

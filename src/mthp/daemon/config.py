@@ -102,19 +102,19 @@ def example() -> str:
 
 
 _ABOVE = """\
-What mthp daemon works on, and how. It reads /etc/mthp/mthp.toml and then /etc/mthp/conf.d/*.toml, or what --config
-names. Every key is shown; one that is a comment has the value that holds without it, or an example where there is none.
-SIGHUP (systemctl reload mthp) makes the daemon read the files again; if one has an error, all are refused, and what was
-read before stays in force. Rules may stand in any of the files, and any other key in one of them. Without [tunables]
-and [switches] the daemon follows those of the system, /sys/kernel/mm/transparent_hugepage, at any moment; the values
-below are a kernel's own. [defaults] holds for all rules that set nothing else.
+Configuration of mthp daemon. It reads /etc/mthp/mthp.toml and then /etc/mthp/conf.d/*.toml, or the path of --config.
+Every key is shown; a key in a comment has its default value, or an example if it has none. SIGHUP (systemctl reload
+mthp) makes the daemon read the files again; if one has an error, all are refused, and the old configuration stays in
+force. Rules may be in any of the files, and any other key in one of them. Without [tunables] and [switches] the daemon
+follows those of the system, /sys/kernel/mm/transparent_hugepage, at any moment; the values below are a kernel's own.
+[defaults] holds for all rules that set nothing else.
 """
 
 _RULES = """\
-Rules. All that match names must fit; several values mean any of them. Patterns are the shell's. Of several rules that
+Rules. All properties of match must fit; several values mean any of them. Patterns are the shell's. Of the rules that
 fit, one that denies wins, then the most specific: pid before exe before comm before container before pod before unit
 before cgroup before uid. A unit is systemd's (unit = "redis"), a pod is Kubernetes' (pod = "shop/redis-*"), a container
-is known by how its ID begins. match = {} fits every process. A rule may have every key of [defaults].
+is named by the beginning of its ID. match = {} fits every process. A rule may have every key of [defaults].
 """
 
 _THREE_RULES = """\

@@ -1,7 +1,7 @@
 """Eagerness: one number, 0 to 10, that sets the fill limit, the orders, the pace and the trimming.
 
-0 only gives memory back. 10 fills as the kernel does where THP is ``always``, and gives nothing back. The number of a
-rule is the maximum; the current *level* is below it while memory is short:
+0 only trims. 10 fills as the kernel does where THP is ``always``, and trims nothing. The number of a rule is the
+maximum; the current *level* is below it while memory is short:
 
 - *Pressure* is that of the target's own cgroup (memory.pressure, some avg10). It shows that the target already waits
   for memory, so filling must not take more.

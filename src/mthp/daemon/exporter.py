@@ -59,7 +59,7 @@ class MetricsServer:
         except OSError as error:
             raise UsageError(
                 f"metrics cannot be served at {host}:{port}: {error.strerror or error}",
-                help="another program may have that port (ss -ltnp tells which): give another with --metrics",
+                help="another program may have that port (see ss -ltnp): use another one with --metrics",
             ) from error
         self._thread = threading.Thread(target=self._serve, args=(worker,), name="mthp-metrics", daemon=True)
         self._thread.start()
@@ -105,15 +105,15 @@ class DaemonCollector(Collector):
         yield _counters("mthp_collapses", "Folios made by collapse.", ["size"], made)
         failed, ranges = _by_result(counters.failed), _by_result(counters.ranges)
         yield _counters("mthp_collapse_failures", "Attempts that failed, by scan result.", ["result"], failed)
-        yield _counters("mthp_scanned_ranges", "PMD ranges looked at, by scan result.", ["result"], ranges)
+        yield _counters("mthp_scanned_ranges", "PMD ranges scanned, by scan result.", ["result"], ranges)
         for name, meaning, count in (
-            ("mthp_scanned_ptes", "PTEs looked at.", counters.scanned_ptes),
-            ("mthp_skipped_ranges", "PMD ranges passed over because they had not changed.", counters.skipped),
+            ("mthp_scanned_ptes", "PTEs scanned.", counters.scanned_ptes),
+            ("mthp_skipped_ranges", "PMD ranges skipped because they had not changed.", counters.skipped),
             ("mthp_copied_bytes", "Bytes copied by collapses.", counters.copied_bytes),
-            ("mthp_bloat_bytes", "Bytes that processes grew by, by filling holes.", counters.bloat_bytes),
+            ("mthp_bloat_bytes", "Bytes added to processes by filling holes.", counters.bloat_bytes),
             ("mthp_trimmed_bytes", "Bytes given back out of large folios.", counters.trimmed_bytes),
-            ("mthp_passes", "Times that a process was gone through.", counters.passes),
-            ("mthp_looks", "Times that a process was asked whether it changed.", counters.looks),
+            ("mthp_passes", "Passes through processes.", counters.passes),
+            ("mthp_looks", "Checks of processes for changes.", counters.looks),
         ):
             yield CounterMetricFamily(name, meaning, count)
         yield _histogram("mthp_pause_seconds", "Pauses of all threads of a process (move).", counters.stopped)
@@ -128,9 +128,9 @@ class DaemonCollector(Collector):
         for name, meaning, value in (
             ("mthp_targets", "Processes worked on.", len(targets)),
             ("mthp_targets_left_out", "Of these, left out for now.", left_out),
-            ("mthp_paused", "Whether it was told to pause.", worker.paused),
+            ("mthp_paused", "Whether the daemon is paused.", worker.paused),
             ("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure.share),
-            ("mthp_config_last_reload_successful", "Whether the configuration that was last read holds.", good),
+            ("mthp_config_last_reload_successful", "Whether the configuration that was last read is in force.", good),
             ("mthp_config_last_reload_timestamp_seconds", "When it was last read.", reload_at),
             ("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used()),
         ):
@@ -164,7 +164,7 @@ class DaemonCollector(Collector):
             huge[key] += target.huge
             outside[key] += target.out_of_reach_bytes
         yield _gauges("mthp_service_targets", "Processes worked on.", labels, count)
-        yield _gauges("mthp_service_resident_bytes", "Their resident memory, as last seen.", labels, resident)
+        yield _gauges("mthp_service_resident_bytes", "Their resident memory, as last read.", labels, resident)
         yield _gauges("mthp_service_huge_bytes", "Of that, mapped by PMD entries.", labels, huge)
         meaning = "Of that, in no whole PMD range of its mapping."
         yield _gauges("mthp_service_out_of_reach_bytes", meaning, labels, outside)
@@ -188,7 +188,7 @@ class DaemonCollector(Collector):
             pages.update({(rule, order): count for order, count in enumerate(target.folio_pages) if count})
             if target.trimmable_bytes is not None:
                 trimmable[rule,] += target.trimmable_bytes
-        meaning = "Resident memory in folios of a size, where folios may be made, as passes last saw it."
+        meaning = "Resident memory in folios of a size, where folios may be made, by the last passes."
         folios = {(rule, geometry.label(at)): n * geometry.page_size for (rule, at), n in sorted(pages.items())}
         yield _gauges("mthp_rule_folio_bytes", meaning, labels, folios)
         meaning = "Bytes in pages of zeroes of large folios that trims last found and left."

@@ -147,7 +147,7 @@ def _answered(line: bytes, answer: Answer) -> dict[str, Any]:
     except MthpError as error:
         return {"error": error.message, "help": error.help}
     except Exception as error:  # a failed request must not end the daemon
-        return {"error": f"an error of mthp: {error!r}", "help": ""}
+        return {"error": f"internal error: {error!r}", "help": ""}
 
 
 def _bound(path: Path) -> socket.socket:
@@ -166,7 +166,7 @@ def _bound(path: Path) -> socket.socket:
         if isinstance(error, MthpError):
             raise
         raise UsageError(
-            f"socket {path}: {error.strerror or error}", help="give another directory with --run-dir"
+            f"socket {path}: {error.strerror or error}", help="use another directory with --run-dir"
         ) from error
     return sock
 
@@ -177,7 +177,7 @@ def _clear(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise UsageError(f"{path} is there already, and is no socket", help="remove it, or give another --run-dir")
+        raise UsageError(f"{path} exists and is not a socket", help="remove it, or use another --run-dir")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(1.0)
         try:
@@ -188,7 +188,9 @@ def _clear(path: Path) -> None:
                 raise
             path.unlink()
             return
-    raise UsageError(f"socket {path} is taken: somebody listens there", help="`mthp status` asks who it is")
+    raise UsageError(
+        f"socket {path} is in use by another process", help="`mthp status` shows whether it is a daemon of mthp"
+    )
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:
@@ -224,7 +226,10 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
                     break
                 parts.append(part)
                 if sum(map(len, parts)) > MAX_UNREAD or time.monotonic() > deadline:
-                    raise MthpError(f"the answer of what listens at {path} does not end", help="see who: ss -xlp")
+                    raise MthpError(
+                        f"the answer of the process that listens at {path} does not end",
+                        help="find the process with: ss -xlp",
+                    )
         except PermissionError as error:
             raise NotPermittedError(
                 f"not permitted to ask the daemon at {path}", help="run as root, or as a member of the socket's group"
@@ -241,7 +246,7 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
     except UsageError:
         raise MthpError(f"the daemon at {path} ended in the middle of its answer") from None
     if not isinstance(answer, dict):
-        raise MthpError(f"what listens at {path} is not a daemon of mthp")
+        raise MthpError(f"the process that listens at {path} is not a daemon of mthp")
     if "error" in answer:
         raise MthpError(str(answer["error"]), help=str(answer.get("help", "")))
     return answer
@@ -270,13 +275,15 @@ class DaemonLock:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise NotPermittedError(
-                f"{path}: {error.strerror}", help="run as root, or give a directory of yours with --run-dir"
+                f"{path}: {error.strerror}", help="run as root, or use a directory of your own with --run-dir"
             ) from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             # The file is written to, and under another name it might belong to another user.
             os.close(self._fd)
-            raise NotPermittedError(f"{path} is no file of its own", help="remove it, or give another --run-dir")
+            raise NotPermittedError(
+                f"{path} is not a file with a single name", help="remove it, or use another --run-dir"
+            )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -284,7 +291,7 @@ class DaemonLock:
             os.close(self._fd)
             raise MthpError(
                 f"another mthp daemon is running{f': process {holder}' if holder else ''}",
-                help="`mthp status` asks it; end it first (systemctl stop mthp, or SIGTERM)",
+                help="`mthp status` shows its work; stop it first (systemctl stop mthp, or SIGTERM)",
             ) from None
         # Only with the lock: until then the text is that of the holder.
         os.ftruncate(self._fd, 0)

@@ -152,7 +152,7 @@ class Keeping:
             if number is not None:
                 self._set(number)
         except (NotPermittedError, UnsupportedError, UsageError) as error:
-            self._say(f"{TUNABLE} stays as it is: {error.message}")
+            self._say(f"{TUNABLE} is not changed: {error.message}")
         except MthpError as error:
             # Every try may fail for the same reason, which is printed once.
             if error.message != self._delayed_by:
@@ -178,7 +178,7 @@ class Keeping:
             self._knobs.keep("", "")
             raise
         self._kept = number
-        self._say(f"{TUNABLE} is {number} for as long as this daemon runs; it was {was}")
+        self._say(f"{TUNABLE} is {number} while this daemon runs; it was {was}")
 
     def _put_back(self) -> None:
         """Put back the value from before.

@@ -30,7 +30,7 @@ from mthp.linux.procevents import Changes, list_pids, open_events
 from mthp.naming import ProcessFacts
 from mthp.pacing import Clock
 
-NOBODY = 0
+NO_PID = 0
 """Stands in place of a PID that no rule means."""
 
 REMATCH_SECONDS = 10.0
@@ -105,12 +105,12 @@ class Finder:
         """Note which processes have the PIDs that rules name."""
         rules = self._environment.configuration.rules
         if hidden := self._facts.hidden(rules.properties):
-            self._say(f"rules may fit nothing: {hidden}")
+            self._say(f"rules may match nothing: {hidden}")
         self._named = {}
         for pid in sorted({pid for rule in rules.rules for pid in rule.match.pid}):
             facts = self._facts.read(pid, ())
             if facts is None:
-                self._say(f"there is no process {pid}, which a rule names")
+                self._say(f"process {pid} does not exist, but a rule names it")
             else:
                 self._named[pid] = facts.starttime
 
@@ -168,7 +168,7 @@ class Finder:
             self._known[pid] = facts.starttime
             # A rule that names a PID means the process that had it when the rules were read, and not a later one.
             was_named = self._named.get(pid) == facts.starttime
-            rule = rules.rule_for(facts if was_named else replace(facts, pid=NOBODY))
+            rule = rules.rule_for(facts if was_named else replace(facts, pid=NO_PID))
             if rule is not None and (rule.deny or pid in self._ancestors):
                 rule = None
             self._match(facts if rule is None else self._with_service(facts), rule)

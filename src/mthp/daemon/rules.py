@@ -50,7 +50,7 @@ class Settings:
         max_threads: move no memory of a process with more threads; not set (None): as many as max_pause allows, 333 for
             each millisecond.
         eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim, the rate and the smallest of the orders that are made,
-            by how short memory is, and below 1 gives memory back even while none is short; 10 fills as the kernel does
+            by how short memory is, and below 1 trims even while memory is not short; 10 fills as the kernel does
             for "always". It is lowered while the process's cgroup waits for memory, or the machine has less than 20%
             available. Not set (None): these keys.
         min_split_share: leave PMD ranges alone if a smaller share of their contents would lie in folios made by splits.
@@ -118,7 +118,7 @@ class RuleSet:
             raise UsageError(
                 f"rules {one.name!r} and {other.name!r} clash: both are for {_described(one.match)}, equally specific,"
                 f" and differ in {', '.join(_differences(one.settings, other.settings))}",
-                help="make one of them more specific, or give them the same settings",
+                help="make one of them more specific, or make their settings equal",
             )
 
     def rule_for(self, facts: ProcessFacts) -> Rule | None:

@@ -170,7 +170,7 @@ class Daemon:
         except NotPermittedError:
             raise
         except MthpError as error:
-            self._say(f"switches that a killed mthp may have left are looked at later: {error.message}")
+            self._say(f"switches that a killed mthp may have left are put back later: {error.message}")
             self._loop.after("restore", RESTORE_SECONDS, self._restore)
             return
         for each in restored:
@@ -213,7 +213,7 @@ class Daemon:
                 self.finder.look_into()
             self._end()
         if self.worker.failed:
-            raise MthpError("the daemon ended for an error of mthp", help="its log says which; please report it")
+            raise MthpError("the daemon stopped because of an internal error", help="please report it, with the log")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -280,7 +280,7 @@ class Daemon:
         self._notifier.send("STOPPING=1")
         in_time = self.worker.stop(STOP_SECONDS, TOUCHING_SECONDS)
         self._event("stop", in_time=in_time)
-        self._say("ended" if in_time else "ended in the middle of reading a process, which that does not harm")
+        self._say("ended" if in_time else "ended while it read a process, which does no harm")
 
     # Requests.
 
@@ -304,7 +304,7 @@ class Daemon:
         self.environment.reload_at, self.environment.reload_refused = time.time(), False
         for name in ("metrics", "events"):
             if getattr(configuration, name) != getattr(self.environment.configuration, name):
-                self._say(f"{name} is another now: that takes a restart")
+                self._say(f"{name} has changed: restart the daemon to use it")
         self._keeping.keep(configuration.keep_max_ptes_none)
         self.worker.configure(configuration)
         self.finder.renew()

@@ -25,11 +25,11 @@ LOGS = Path("/var/log/mthp")
 """LogsDirectory of the unit."""
 
 CAPABILITIES = {
-    "CAP_SYS_PTRACE": "look at other users' processes, stop their threads and move pages in them",
+    "CAP_SYS_PTRACE": "read other users' processes, stop their threads and move pages in them",
     "CAP_SYS_ADMIN": "see page frame numbers, and with them the orders of folios",
-    "CAP_SYS_NICE": "MADV_COLLAPSE in other processes, and short pauses (SCHED_FIFO while threads stand still)",
+    "CAP_SYS_NICE": "MADV_COLLAPSE in other processes, and short pauses (SCHED_FIFO while threads are stopped)",
     "CAP_DAC_OVERRIDE": "open pagemap and mem of processes of other users",
-    "CAP_NET_ADMIN": "be told of new processes by the kernel (before Linux 6.6); without it they are looked for",
+    "CAP_NET_ADMIN": "receive the kernel's events of new processes (before Linux 6.6); without it /proc is listed",
 }
 """The capabilities of the unit, and the purpose of each."""
 
@@ -58,7 +58,7 @@ def unit_text(
     """Return the unit that runs ``mthp daemon`` with `arguments`.
 
     Args:
-        events: file of the event log, whose directory has to be writable.
+        events: file of the event log, in a writable directory.
         metrics: (host, port) of the metrics page; the unit blocks other machines if it is a loopback address.
         program: command line that starts mthp.
         systemd: release for which the unit is written.
@@ -69,9 +69,7 @@ def unit_text(
     reasons = "\n".join(f"#   {name}: {reason}" for name, reason in CAPABILITIES.items())
     capabilities = " ".join(CAPABILITIES)
     local = metrics is None or metrics[0] == "localhost" or metrics[0] == "::1" or metrics[0].startswith("127.")
-    network = (
-        "IPAddressDeny=any\nIPAddressAllow=localhost" if local else "# The metrics page is for other machines, too."
-    )
+    network = "IPAddressDeny=any\nIPAddressAllow=localhost" if local else "# Other machines may read the metrics page."
     writable = "" if events is None or events.is_relative_to(LOGS) else f"ReadWritePaths={events.parent}\n"
     return _UNIT.format(
         kind=kind, command=command, reasons=reasons, capabilities=capabilities, writable=writable, network=network
@@ -96,7 +94,7 @@ OOMScoreAdjust=500
 MemoryMax=512M
 LimitNOFILE=524288
 
-# The journal of switches and the lock are here; what a killed run left is put back by the next one.
+# The journal of switches and the lock are here; the next run puts back the switches of a killed one.
 RuntimeDirectory=mthp
 RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
@@ -145,7 +143,7 @@ def install(text: str, directory: Path = DIRECTORY) -> Path:
     """
     path = directory / NAME
     if not directory.is_dir():
-        raise MthpError(f"there is no directory {directory}", help="this machine seems to have no systemd")
+        raise MthpError(f"directory {directory} does not exist", help="this machine seems to have no systemd")
     if not os.access(directory, os.W_OK):
         raise NotPermittedError(f"{path} cannot be written", help="run as root")
     write_whole(path, text.encode(), overwrite=True)

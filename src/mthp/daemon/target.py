@@ -259,7 +259,7 @@ class Target:
             TargetVanishedError: the process is gone.
         """
         share = self.settings.trim
-        assert share is not None, "only a process whose rule has it is trimmed"
+        assert share is not None, "only a process of a rule with trim is trimmed"
         begun = self._environment.clock()
         # Also for a trim that fails.
         self.trim_at = begun + TRIM_SECONDS

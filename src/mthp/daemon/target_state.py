@@ -115,7 +115,7 @@ class HeatKeeper:
         self._closed = True
 
 
-CHILD = "a child shares its memory since a fork: nothing is collapsed until that ends or begins another program"
+CHILD = "a child shares its memory since a fork: nothing is collapsed until the child ends or executes another program"
 
 LONGEST_CHILD_SECONDS = 600.0
 """Longest wait for a child, because a server may have permanent ones (PostgreSQL): Redis writes some 100 MB a second to
@@ -213,5 +213,5 @@ class SmallFolios:
         environment.event_of(facts, "not_lasting", reason=self.remade.remark)
         remark = f"process {facts.pid} ({facts.comm}): {self.remade.remark}"
         if self.remade.keeps is not None:
-            remark += f"; keep_max_ptes_none = {self.remade.keeps} in the rules file has the daemon see to that"
+            remark += f"; keep_max_ptes_none = {self.remade.keeps} in the rules file sets it while the daemon runs"
         environment.say_once(("not_lasting", rule.name), remark)

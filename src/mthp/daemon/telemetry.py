@@ -203,7 +203,7 @@ class EventLog:
         try:
             self._fd = _open(path)
         except OSError as error:
-            raise UsageError(f"event log {path}: {error.strerror}", help="give a file that can be written") from error
+            raise UsageError(f"event log {path}: {error.strerror}", help="use a file that can be written") from error
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event. Never fails."""
@@ -239,7 +239,7 @@ class EventLog:
             try:
                 fd = _open(self.path)
             except OSError as error:
-                self._say(f"event log {self.path}: {error.strerror}; the old file is written on")
+                self._say(f"event log {self.path}: {error.strerror}; events go to the old file")
                 return
             os.close(self._fd)
             self._fd = fd
@@ -265,7 +265,7 @@ def _open(path: Path) -> int:
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
         os.close(fd)
-        raise OSError(errno.EMLINK, "it has several names, of which one may be somebody else's")
+        raise OSError(errno.EMLINK, "it has several names, and one may belong to another user")
     return fd
 
 

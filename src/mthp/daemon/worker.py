@@ -193,7 +193,7 @@ class Worker:
                 self._once()
         except BaseException:
             self.failed = True
-            self.environment.say(f"the worker ends for an error of mthp\n{traceback.format_exc()}")
+            self.environment.say(f"the worker ends because of an internal error\n{traceback.format_exc()}")
             self._died()
         finally:
             # Also after an error, because a pass may have injected code.
@@ -225,7 +225,7 @@ class Worker:
             return 0.0
         was, rests, share = self.pressure.resting, self.pressure.rests(), self.pressure.share
         if rests != was:
-            self.environment.say(f"memory pressure is {100 * share:.1f}%: {'resting' if rests else 'going on'}")
+            self.environment.say(f"memory pressure is {100 * share:.1f}%: {'resting' if rests else 'working'}")
             self.environment.event("resting" if rests else "going_on", memory_pressure=share)
         if rests:
             return RESTING_SECONDS
@@ -304,7 +304,7 @@ class Worker:
             )
             self.environment.event_of(target.facts, "error", error=repr(error))
             target.stale()
-            target.left_out = f"an error of mthp: {error!r}"
+            target.left_out = f"internal error: {error!r}"
             target.next_at = self._clock() + LEFT_OUT_SECONDS
         finally:
             self.beat = self._clock()

@@ -30,7 +30,7 @@ def test_a_second_daemon_is_told_who_the_first_is(tmp_path: Path) -> None:
 def test_a_lock_with_another_name_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "daemon.lock").hardlink_to(tmp_path / "precious")
-    with pytest.raises(NotPermittedError, match="no file of its own"):
+    with pytest.raises(NotPermittedError, match="not a file with a single name"):
         DaemonLock(tmp_path)
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -179,11 +179,11 @@ def test_an_answer_that_makes_no_sense_is_an_error(tmp_path: Path, answer: bytes
 
 def test_a_socket_that_is_taken_is_left_alone_and_a_dead_one_is_not(server: Server, tmp_path: Path) -> None:
     selector = selectors.DefaultSelector()
-    with pytest.raises(UsageError, match="is taken"):
+    with pytest.raises(UsageError, match="is in use"):
         ControlSocket(server.path, selector, lambda request: {})
     file = tmp_path / "file"
     file.write_text("precious")
-    with pytest.raises(UsageError, match="is no socket"):
+    with pytest.raises(UsageError, match="is not a socket"):
         ControlSocket(file, selector, lambda request: {})
     assert file.read_text() == "precious"
     dead = tmp_path / "dead.sock"
