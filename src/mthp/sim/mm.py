@@ -68,6 +68,9 @@ class SimVma:
         anon_vma: 0 until the first write, or preparation for one; then the number of the anon_vma, which mappings may
             share.
         permissions: as in ``/proc/PID/maps``.
+        forked: its anon_vma came by fork, so that it may have pages of the parent (vma_is_fork_child(), mm/vma.c).
+        moved: bytes by which mremap moved its pages since they were mapped: its start less vm_pgoff.
+        accounted: whether it counts against the overcommit limit (VM_ACCOUNT).
     """
 
     start: int
@@ -75,6 +78,9 @@ class SimVma:
     flags: set[str] = field(default_factory=set)
     anon_vma: int = 0
     permissions: str = "rw-p"
+    forked: bool = False
+    moved: int = 0
+    accounted: bool = True
 
     @property
     def size(self) -> int:
@@ -106,15 +112,24 @@ class SimVma:
 
     def alike(self, other: SimVma) -> bool:
         """Return whether two neighbours may be merged (can_vma_merge_before, mm/vma.c)."""
-        if (self.flags, self.permissions) != (other.flags, other.permissions):
+        if self._kind != other._kind:
             return False
-        # One without an anon_vma takes that of the other (is_mergeable_anon_vma(), mm/vma.c).
-        return self.anon_vma == other.anon_vma or not (self.anon_vma and other.anon_vma)
+        if self.anon_vma == other.anon_vma:
+            return True
+        # One without an anon_vma takes that of the other, except from a fork child: its anon_vma has the locks of all
+        # ancestors (is_mergeable_anon_vma(), mm/vma.c).
+        return not (self.anon_vma and other.anon_vma) and not (self.forked or other.forked)
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        """The properties that neighbours to be merged have in common (is_mergeable_vma(), mm/vma.c)."""
+        return self.flags, self.permissions, self.moved, self.accounted
 
     def described(self) -> Vma:
         """Return the mapping in the form of the seam, with smaps' words for permissions."""
-        # VM_MAYREAD and so on, and VM_ACCOUNT, which every ordinary anonymous mapping has.
-        words = {"mr", "mw", "me", "ac"} | {word for word in ("rd", "wr", "ex") if _LETTERS[word] in self.permissions}
+        # VM_MAYREAD and so on, which every ordinary anonymous mapping has.
+        words = {"mr", "mw", "me"} | {word for word in ("rd", "wr", "ex") if _LETTERS[word] in self.permissions}
+        words |= {"ac"} if self.accounted else set()
         flags = frozenset(self.flags | words)
         return Vma(self.start, self.end, self.permissions, flags=flags, has_anon_vma=bool(self.anon_vma))
 

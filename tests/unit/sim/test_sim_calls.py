@@ -378,3 +378,56 @@ def test_giving_memory_back_takes_time() -> None:
     assert machine.clock.spent_ns().get("free_folio", 0) == 0
     machine.madvise(mm, START, START + 2 * SMALL.pmd_size, "DONTNEED")
     assert machine.clock.spent_ns()["free_folio"] == 17 * machine.clock.costs.free_folio // 1000
+
+
+def test_a_child_has_an_anon_vma_for_each_mapping(machine: Machine, mm: Mm) -> None:
+    middle = START + SIZE
+    assert machine.mprotect(mm, START, middle, "r--") == 0
+    child = machine.fork(mm)
+    for each in (mm, child):
+        assert machine.mprotect(each, START, middle, "rw-") == 0
+    assert spans(mm) == [(0, 64)]
+    assert spans(child) == [(0, 16), (16, 64)]
+
+
+def test_a_child_shares_no_anon_vma_with_a_new_neighbour(machine: Machine, mm: Mm) -> None:
+    child = machine.fork(mm)
+    for each in (mm, child):
+        machine.map(each, END, END + SIZE, flags={HUGEPAGE})
+        assert machine.write(each, END, 1) is Fault.DONE
+    assert spans(mm) == [(0, 80)]
+    assert spans(child) == [(0, 64), (64, 80)]
+
+
+def test_moved_mappings_merge_in_their_first_order_only(machine: Machine, mm: Mm) -> None:
+    fixed, to = Remap.MAYMOVE | Remap.FIXED, END + 4 * SIZE
+    assert machine.mremap(mm, START + SIZE, START + 2 * SIZE, SIZE, fixed, to) == to
+    assert machine.mremap(mm, START, START + SIZE, SIZE, fixed, to + SIZE) == to + SIZE
+    assert spans(mm) == [(32, 64), (128, 144), (144, 160)]
+    assert machine.mremap(mm, to, to + SIZE, SIZE, fixed, START + SIZE) == START + SIZE
+    assert machine.mremap(mm, to + SIZE, to + 2 * SIZE, SIZE, fixed, START) == START
+    assert spans(mm) == [(0, 64)]
+
+
+def test_mremap_moves_several_mappings_and_the_gaps_between_them(machine: Machine, mm: Mm) -> None:
+    fixed, to = Remap.MAYMOVE | Remap.FIXED, END + 4 * SIZE
+    assert machine.munmap(mm, START + SIZE, START + 2 * SIZE) == 0
+    assert machine.mremap(mm, START, END, END - START, fixed, to) == to
+    assert spans(mm) == [(128, 144), (160, 192)]
+    assert machine.mremap(mm, to, to + 4 * SIZE, 3 * SIZE, fixed, START) == -errno.EFAULT
+
+
+def test_mremap_ends_at_a_mapping_with_a_userfaultfd(machine: Machine, mm: Mm) -> None:
+    fixed, to = Remap.MAYMOVE | Remap.FIXED, END + 4 * SIZE
+    assert machine.uffd_register(mm, START + SIZE, START + 2 * SIZE, ["wp"]) == 0
+    assert machine.mremap(mm, START, END, END - START, fixed, to) == -errno.EFAULT
+    assert spans(mm) == [(16, 32), (32, 64), (128, 144)]
+
+
+def test_memory_that_is_read_only_before_its_first_write_is_not_accounted(machine: Machine, mm: Mm) -> None:
+    machine.map(mm, 2 * END, 2 * END + SIZE)
+    for start, size in ((START, END - START), (2 * END, SIZE)):
+        assert machine.mprotect(mm, start, start + size, "r--") == 0
+    assert [vma.accounted for vma in mm.vmas] == [True, False]
+    assert machine.mprotect(mm, 2 * END, 2 * END + SIZE, "rw-") == 0
+    assert [vma.accounted for vma in mm.vmas] == [True, True]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mthp.geometry import GEOMETRIES, Geometry
+from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.address_space.access import Fault
@@ -264,3 +264,17 @@ def test_mappings_count_as_progress_only_where_khugepaged_may_not_look_or_is_pas
     machine.khugepaged.full_scan()
     ranges_without_tables = 3
     assert machine.khugepaged.statistics.progress == 1 + ranges_without_tables + 2
+
+
+def test_folios_of_a_read_only_mapping_are_mapped_read_only() -> None:
+    machine = Machine(X86_64, switches=Switches("always", {9: "inherit", 4: "always"}))
+    mm = machine.create_mm()
+    machine.map(mm, X86_64.pmd_size, 3 * X86_64.pmd_size, flags={"nh"})
+    assert machine.populate(mm, X86_64.pmd_size, 3 * X86_64.pmd_size).outcome is Fault.DONE
+    assert machine.mprotect(mm, X86_64.pmd_size, 2 * X86_64.pmd_size, "r--") == 0
+    assert machine.madvise(mm, X86_64.pmd_size, 3 * X86_64.pmd_size, "HUGEPAGE") == 0
+    for start, writable in ((X86_64.pmd_size, False), (2 * X86_64.pmd_size, True)):
+        assert machine.madvise_collapse(mm, start, start + X86_64.pmd_size) == 0
+        bits = mm.ptes(start, X86_64.ptes_per_pmd).bits
+        assert ((bits & P.WRITE) != 0).all() == writable
+        assert ((bits & P.DIRTY) != 0).all()

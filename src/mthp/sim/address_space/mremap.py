@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import errno
 
 from mthp.sim.address_space.syscalls import cut, munmap
-from mthp.sim.mm import LOCKED, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, SimVma
+from mthp.sim.mm import LOCKED, UFFD_MISSING, UFFD_WP, Mm, P, Pmd
 from mthp.sim.page_tables.zap import split_pmd
 from mthp.sim.parts import Parts
 
@@ -34,15 +35,19 @@ def mremap(
         limit: the end of user space.
 
     Returns:
-        The new address; or the negative of EINVAL, of EFAULT if one mapping does not cover the range, or of ENOMEM if
-        no range is free.
+        The new address; or the negative of EINVAL, of EFAULT if one mapping does not cover the range, which may have
+        several if all of it moves to a given address, or of ENOMEM if no range is free.
     """
     page = parts.geometry.page_size
     size = -(-size // page) * page
     if start % page or end < start or not size or not _possible(start, end, size, flags, new_address, page, limit):
         return -errno.EINVAL
     vma = mm.find_vma(start)
-    if vma is None or vma.start > start or vma.end < end:
+    if vma is None or vma.start > start:
+        return -errno.EFAULT
+    if new_address is not None and flags & Remap.FIXED and size == end - start:
+        return _move_each(parts, mm, start, end, flags, new_address, limit)
+    if vma.end < end:
         return -errno.EFAULT
     if start == end:
         return -errno.EINVAL  # This would duplicate the mapping, which only shared memory allows.
@@ -57,6 +62,21 @@ def mremap(
         if not flags & Remap.MAYMOVE:
             return -errno.ENOMEM
     return _move(parts, mm, start, end, size, flags, new_address, limit)
+
+
+def _move_each(parts: Parts, mm: Mm, start: int, end: int, flags: Remap, new_address: int, limit: int) -> int:
+    """Move all mappings in a range one by one, and keep the gaps between them (remap_move(), mm/mremap.c, in 6.17)."""
+    at = start
+    while at < end and (vma := mm.find_vma(at)) is not None and vma.start < end:
+        first, last = max(at, vma.start), min(vma.end, end)
+        # The kernel would have to notify the userfaultfd in between. Mappings before this one stay moved.
+        if vma.userfaultfd_armed and (first > start or vma.end < end):
+            return -errno.EFAULT
+        error = _move(parts, mm, first, last, last - first, flags, new_address + first - start, limit)
+        if error < 0:
+            return error
+        at = last
+    return new_address
 
 
 def _possible(start: int, end: int, size: int, flags: Remap, new_address: int | None, page: int, limit: int) -> bool:
@@ -94,7 +114,9 @@ def _move(
     assert vma is not None, "the mapping was there before"
     # userfaultfd does not follow the pages, unless it asked for the event (mremap_userfaultfd_prep()), which none does
     # here.
-    mm.insert_vma(SimVma(to, to + size, vma.flags - _UFFD, vma.anon_vma, vma.permissions))
+    # Where nothing was written yet, the place in the mapping is that of the new address (copy_vma(), mm/vma.c).
+    moved = vma.moved + to - start if vma.anon_vma else 0
+    mm.insert_vma(dataclasses.replace(vma, start=to, end=to + size, flags=vma.flags - _UFFD, moved=moved))
     move_entries(parts, mm, start, end, to)
     parts.clock.spend("syscall")
     if flags & Remap.DONTUNMAP:
@@ -102,10 +124,10 @@ def _move(
         vma.flags = vma.flags - {LOCKED}
         # The old mapping is empty, and so needs no anon_vma until it is written again (dontunmap_complete()).
         if (vma.start, vma.end) == (start, end):
-            vma.anon_vma = 0
+            vma.anon_vma, vma.forked = 0, False
     else:
         mm.remove_vmas(start, end)
-    mm.merge_vmas(start, end)
+    # Only there: what DONTUNMAP leaves is not compared with its neighbours.
     mm.merge_vmas(to, to + size)
     return to
 

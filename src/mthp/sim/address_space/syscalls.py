@@ -6,6 +6,7 @@ number instead. madvise, userfaultfd and mremap have their own modules: advice, 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 
@@ -71,8 +72,11 @@ def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[
         cut(parts, mm, last)
         piece = mm.find_vma(first)
         assert piece is not None, "a mapping was cut, and is gone"
+        if permissions != piece.permissions:
+            # mprotect_fixup() (mm/mprotect.c) takes back what was never written, and counts what becomes writable.
+            piece.accounted = "w" in permissions or (piece.accounted and piece.anon_vma > 0)
         piece.flags, piece.permissions = flags, permissions
-        changed.append(SimVma(first, last, set(flags), piece.anon_vma, permissions))
+        changed.append(dataclasses.replace(piece, start=first, end=last, flags=set(flags)))
     mm.merge_vmas(start, end)
     return changed, covered
 
@@ -194,17 +198,17 @@ def fork(parts: Parts, parent: Mm, child: Mm) -> int:
     Returns:
         0, or ENOMEM if memory for such a copy ran out; the child keeps what was copied until then.
     """
-    anon_vmas: dict[int, int] = {0: 0}
+    # MAP_DROPPABLE sets VM_WIPEONFORK, too (do_mmap(), mm/mmap.c): the child's mapping is empty.
+    inherited = [vma for vma in parent.vmas if DROPPABLE not in vma.flags]
     for vma in parent.vmas:
-        anon_vma = anon_vmas.setdefault(vma.anon_vma, 0) or parts.new_anon_vma()
-        anon_vmas[vma.anon_vma] = anon_vma if vma.anon_vma else 0
-        child.insert_vma(
-            SimVma(vma.start, vma.end, vma.flags - NOT_INHERITED, anon_vmas[vma.anon_vma], vma.permissions)
-        )
+        # An anon_vma for each mapping, also where mappings of the parent share one (anon_vma_fork(), mm/rmap.c).
+        forked = vma.anon_vma > 0 and vma in inherited
+        anon_vma = parts.new_anon_vma() if forked else 0
+        flags = vma.flags - NOT_INHERITED
+        child.insert_vma(dataclasses.replace(vma, flags=flags, anon_vma=anon_vma, forked=forked))
     parts.clock.spend("syscall")
-    for vma in parent.vmas:
-        # MAP_DROPPABLE sets VM_WIPEONFORK, too (do_mmap(), mm/mmap.c): the child's mapping is empty.
-        if DROPPABLE not in vma.flags and not _copy_range(parts, parent, child, vma):
+    for vma in inherited:
+        if not _copy_range(parts, parent, child, vma):
             return errno.ENOMEM
     return 0
 

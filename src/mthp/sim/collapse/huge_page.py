@@ -284,9 +284,13 @@ class Attempt:
         memory.refcount[folio] = self.size
         parts.add_lru_vma(vma, folio)
         ptes.value[:] = np.arange(folio, folio + self.size)
-        # As map_anon_folio_pte_nopf() does where the mapping may be written: no other address space has the folio.
-        ptes.bits[:] = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE
+        ptes.bits[:] = P.PRESENT | P.YOUNG
+        # Writable at once, because no other address space has the folio.
+        if vma.permits(write=True):
+            ptes.bits[:] |= P.DIRTY | P.WRITE
         if self.order == self.pmd_order:
+            # Dirty also where it may not be written, unlike PTEs.
+            ptes.bits[:] |= P.DIRTY
             self.mm.set_pmd(self.address, Pmd.HUGE)
 
 
