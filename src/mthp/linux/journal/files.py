@@ -241,34 +241,53 @@ class JournalFiles:
 
     def read(self) -> list[Change]:
         """Return the complete entries, in the order in which they were written."""
-        size = os.fstat(self._journal).st_size
-        lines = os.pread(self._journal, size, 0).split(b"\n")
-        # Text behind the last newline is an incomplete entry.
-        return [change for line in lines[:-1] if (change := Change.parse(line))]
+        return [change for line in self._lines() if (change := Change.parse(line))]
 
     def write(self, changes: Sequence[Change]) -> None:
-        """Replace the entries by `changes`, which continue them or are the first of them; sync what is new.
+        """Replace the entries by `changes`: some of them, in their order, and then new ones; sync what is new.
 
-        The file only grows or loses its end, so if this is interrupted, the remaining entries are true.
+        If this is interrupted, all remaining entries are true.
 
         Raises:
             MthpError: there is no room for them.
         """
-        text = b"".join(json.dumps(dataclasses.asdict(change)).encode() + b"\n" for change in changes)
+        kept, size = self._keep_only(changes)
+        text = b"".join(json.dumps(dataclasses.asdict(change)).encode() + b"\n" for change in changes[kept:])
+        if not text:
+            return
+        try:
+            # On a full disk a part may be written, which is an incomplete entry.
+            if os.pwrite(self._journal, text, size) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._journal)
+        except OSError as error:
+            os.ftruncate(self._journal, size)
+            raise MthpError(
+                f"the journal in {self._root} cannot be written: {error.strerror}",
+                help="free space there: switches are changed only after the journal is written",
+            ) from error
+
+    def _keep_only(self, changes: Sequence[Change]) -> tuple[int, int]:
+        """Remove the entries that are not in `changes`; return the number of those that are, and the file's size."""
+        kept = at = size = 0
+        removed: list[tuple[int, int]] = []
+        for line in self._lines():
+            if kept < len(changes) and Change.parse(line) == changes[kept]:
+                kept, size = kept + 1, at + len(line) + 1
+            else:
+                removed.append((at, len(line)))
+            at += len(line) + 1
+        for begin, length in removed:
+            # Overwritten in its place, because entries behind it must not be missing for a moment.
+            if begin < size:
+                os.pwrite(self._journal, b" " * length, begin)
+        os.ftruncate(self._journal, size)
+        return kept, size
+
+    def _lines(self) -> list[bytes]:
         size = os.fstat(self._journal).st_size
-        os.ftruncate(self._journal, min(len(text), size))
-        if len(text) > size:
-            try:
-                # On a full disk a part may be written, which is an incomplete entry.
-                if os.pwrite(self._journal, text[size:], size) < len(text) - size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(self._journal)
-            except OSError as error:
-                os.ftruncate(self._journal, size)
-                raise MthpError(
-                    f"the journal in {self._root} cannot be written: {error.strerror}",
-                    help="free space there: switches are changed only after the journal is written",
-                ) from error
+        # Text behind the last newline is an incomplete entry.
+        return os.pread(self._journal, size, 0).split(b"\n")[:-1]
 
     def close(self) -> None:
         """Close all files, and so release the lock. Closing twice does nothing."""
