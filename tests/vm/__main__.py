@@ -27,7 +27,7 @@ KERNELS = click.option(
     "names",
     multiple=True,
     metavar="NAME",
-    help=f"A kernel, such as 7.3 or 7.3-arm64-16k; again for more.  [default: {', '.join((*SERIES, *OTHERS))}]",
+    help=f"A kernel, such as 7.3 or 7.3-arm64-16k. May be repeated.  [default: {', '.join((*SERIES, *OTHERS))}]",
 )
 
 KIND = click.option(
@@ -35,7 +35,7 @@ KIND = click.option(
     type=click.Choice(list(KINDS)),
     default="random",
     show_default=True,
-    help="Of cases: random scans, scans from the corners that random ones reach seldom, or splits and trims.",
+    help="Cases: random scans, scans with rare combinations of states, or splits and trims.",
 )
 
 
@@ -67,13 +67,13 @@ def kernels(names: tuple[str, ...]) -> None:
 
 @main.command("run")
 @KERNELS
-@click.option("--seconds", default=120.0, show_default=True, help="The time limit.")
-@click.option("--memory", "memory_mb", default=1024, show_default=True, help="Of the guest, in MiB.")
-@click.option("--cpus", default=1, show_default=True, help="Of the guest.")
-@click.option("--python", "with_python", is_flag=True, help="Have Python there, and mthp with its tests in /mthp.")
-@click.option("--file", "paths", multiple=True, type=click.Path(path_type=Path, exists=True), help="Have it in /job.")
-@click.option("--program", "programs", multiple=True, metavar="NAME", help="Have this machine's program there.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where what is left in /out goes.")
+@click.option("--seconds", default=120.0, show_default=True, help="Time limit.")
+@click.option("--memory", "memory_mb", default=1024, show_default=True, help="Memory of the guest, in MiB.")
+@click.option("--cpus", default=1, show_default=True, help="Processors of the guest.")
+@click.option("--python", "with_python", is_flag=True, help="Give the guest Python, and mthp with its tests in /mthp.")
+@click.option("--file", "paths", multiple=True, type=click.Path(path_type=Path, exists=True), help="Copy it to /job.")
+@click.option("--program", "programs", multiple=True, metavar="NAME", help="A program of this machine to copy.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory for the files of /out.")
 @click.argument("script")
 def run_command(
     names: tuple[str, ...],
@@ -109,9 +109,9 @@ def run_command(
 
 @main.command()
 @KERNELS
-@click.option("--cases", default=500, show_default=True, help="So many for each kernel.")
+@click.option("--cases", default=500, show_default=True, help="Number of cases for each kernel.")
 @click.option("--seed", default=1, show_default=True)
-@click.option("--seconds", default=1200.0, show_default=True, help="At most so long for each kernel.")
+@click.option("--seconds", default=1200.0, show_default=True, help="Time limit for each kernel.")
 @KIND
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the golden files.")
 def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, kind: str, output: Path) -> None:
@@ -126,7 +126,7 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, kind: 
 
 @main.command("fuzz")
 @KERNELS
-@click.option("--minutes", default=10.0, show_default=True, help="For each kernel.")
+@click.option("--minutes", default=10.0, show_default=True, help="Minutes for each kernel.")
 @click.option("--seed", default=1, show_default=True)
 @KIND
 @click.option(
@@ -149,11 +149,13 @@ def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, kind: str, o
 
 @main.command()
 @KERNELS
-@click.option("--tests", multiple=True, metavar="WORD", help="Only live tests whose file's name holds it; or `none`.")
+@click.option(
+    "--tests", multiple=True, metavar="WORD", help="Only files of live tests with it in their names, or `none`."
+)
 @click.option("--smoke/--no-smoke", default=True, show_default=True, help="Run mthp's commands on a small target.")
-@click.option("--resume", is_flag=True, help="Leave out what passed or was skipped there before.")
-@click.option("--seconds", default=GUEST_SECONDS, show_default=True, help="The time limit of each guest.")
-@click.option("--verbose", is_flag=True, help="Show what the guests print.")
+@click.option("--resume", is_flag=True, help="Leave out tests that passed or were skipped there before.")
+@click.option("--seconds", default=GUEST_SECONDS, show_default=True, help="Time limit of each guest.")
+@click.option("--verbose", is_flag=True, help="Show the output of the guests.")
 def matrix(
     names: tuple[str, ...], tests: tuple[str, ...], smoke: bool, resume: bool, seconds: float, verbose: bool
 ) -> None:
@@ -203,7 +205,7 @@ def _show(rows: list[Row]) -> None:
 @main.command("selftest")
 @KERNELS
 @click.option("--order", "orders", multiple=True, type=int, default=(4,), show_default=True)
-@click.option("--mechanism", default="move", show_default=True, help="Of the daemon.")
+@click.option("--mechanism", default="move", show_default=True, help="Mechanism of the daemon.")
 def run_selftest(names: tuple[str, ...], orders: tuple[int, ...], mechanism: str) -> None:
     """Run Linux's own test of khugepaged with mthp's daemon in place of the kernel's khugepaged."""
     try:
