@@ -105,11 +105,8 @@ class Visit:
         clock: RestClock | None = None,
         count_folios: bool = False,
     ) -> None:
-        self.space = space
+        self.space, self.means, self.admit, self.choose = space, means, admit, choose
         self.choice = choice or PlanOptions()
-        self.means = means
-        self.admit = admit
-        self.choose = choose
         self.touching = False
         self._count_folios = count_folios
         if self.choice.small:

@@ -82,12 +82,11 @@ class Walk:
         checks: PolicyChecks,
         barred: Mapping[int, NDArray[np.int8]],
     ) -> None:
-        self.ranges, self._order = ranges, order
+        self.ranges, self._order, self._reached = ranges, order, 0
         self.there, self.occupancy, self.checks, self.barred = there, seen, checks, barred
         self.policy, self.rules = checks.policy, checks.rules
         self.levels: dict[int, Level] = {}
         self.rest: tuple[NDArray[np.intp], Walk] | None = None
-        self._reached: int = 0
 
     @classmethod
     def _rest_of(cls, walk: Walk, parts: NDArray[np.intp]) -> Walk:
@@ -117,8 +116,7 @@ class Walk:
         passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
         if self.planes.pmd_mapped is not None:
             passed &= ~self.planes.pmd_mapped
-        checks = self.checks.scan
-        stopped = None if checks is None else self._stopped_by_counts(whole, checks)
+        stopped = None if self.checks.scan is None else self._stopped_by_counts(whole, self.checks.scan)
         return passed if stopped is None else passed & ~stopped[:, 0]
 
     def scanned(self) -> NDArray[np.int8]:
