@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import click
 import pytest
 
 from mthp.cli import COMMANDS, _mthp
+from mthp.heatfile import read_heat
 
 ROOT = Path(__file__).parents[3]
 PAGES = [
@@ -233,3 +236,21 @@ def test_a_page_names_keys_that_exist(page: Path) -> None:
 
 def recorder() -> str:
     return (ROOT / "tests" / "vm" / "recorder.c").read_text()
+
+
+@pytest.mark.skipif(shutil.which("awk") is None, reason="needs awk")
+def test_other_tools_output_becomes_a_file_of_heat(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "heat.md").read_text()
+    of_damo, of_perf = (line for line in page.splitlines() if "awk " in line)
+    (tmp_path / "report").write_text("7f1c40000000-7f1c40200000(   2.000 MiB):       12\nregions: 1\n")
+    subprocess.run(["sh", "-c", of_damo], cwd=tmp_path, check=True)
+    heat = read_heat(tmp_path / "hot.csv")
+    assert (heat.start.tolist(), heat.end.tolist(), heat.accesses.tolist()) == (
+        [0x7F1C40000000],
+        [0x7F1C40200000],
+        [12.0],
+    )
+    (tmp_path / "perf").write_text("#!/bin/sh\nprintf '7f1c40000123\\n  7f1c40000456\\n'\n")
+    (tmp_path / "perf").chmod(0o755)
+    subprocess.run(["sh", "-c", f"PATH=.:$PATH; {of_perf}"], cwd=tmp_path, check=True)
+    assert read_heat(tmp_path / "hot.csv").accesses.tolist() == [2.0]
