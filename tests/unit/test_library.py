@@ -15,7 +15,7 @@ import mthp
 from fakes import FakeSpace, page_runs
 from mthp.buffers import memory_of
 from mthp.engine.collapse import carry_out
-from mthp.engine.picture import MOST, picture
+from mthp.engine.picture import ACROSS, CELL, MOST, picture
 from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError, UsageError
@@ -259,3 +259,20 @@ def test_a_plan_of_parts_of_pmd_ranges_is_a_picture_of_the_ranges(small: bool) -
     colour = next(each for each in drawn.iter() if each.tag.endswith("rect")).get("fill")
     cells = [each for each in drawn if each.tag.endswith("rect")]
     assert [cell.get("fill") for cell in cells] == [colour, colour]
+
+
+def test_a_picture_of_every_size_is_no_wider_than_its_cells() -> None:
+    # A mapping for each order, so that the legend has every size.
+    starts = {order: BASE + (order << 30) for order in range(2, 10)}
+    mappings = [
+        (Vma(start, start + (4096 << order), "rw-p", flags=MOVABLE), *page_runs((1 << order, 1, 0)))
+        for order, start in starts.items()
+    ]
+    plan = plan_space(FakeSpace(mappings), PlanOptions(small=True, orders="all"))
+    drawn = ElementTree.fromstring(plan._repr_svg_())
+    width, height = map(int, drawn.attrib["viewBox"].split()[2:])
+    names = [each for each in drawn.iter("{http://www.w3.org/2000/svg}text") if (each.text or "").startswith("becomes")]
+    assert (len(names), width) == (8, ACROSS * CELL)
+    # Twelve pixels of text are less than seven a letter.
+    assert all(int(each.get("x", "0")) + 7 * len(each.text or "") <= width for each in names)
+    assert all(int(each.attrib["y"]) <= height for each in names)

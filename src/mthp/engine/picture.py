@@ -23,7 +23,11 @@ CELL = 9
 MOST = 64 * 64
 """The most cells: with more ranges a cell stands for several, and shows the first."""
 
-_HEAD = 44
+_HEAD = 56
+"""Pixels above the cells, for three lines of text."""
+
+_LINE = 16
+"""Pixels from one line of text to the next."""
 
 _HUGE, _LEFT = -1, -2
 """Kinds of cells that are not an order: already mapped by a PMD entry, and left as it is."""
@@ -41,7 +45,7 @@ def picture(plan: SpacePlan, most: int = MOST) -> str:
     shown = kinds[::step]
     lines = -(-len(shown) // ACROSS)
     present = sorted(set(shown.tolist()), reverse=True)
-    width, height = ACROSS * CELL, _HEAD + max(lines, 1) * CELL + 20
+    width, bottom = ACROSS * CELL, _HEAD + max(lines, 1) * CELL + 8
     cells = "".join(
         f'<rect x="{at % ACROSS * CELL}" y="{_HEAD + at // ACROSS * CELL}" width="{CELL - 1}" height="{CELL - 1}"'
         f' fill="{_colour(kind, plan)}"/>'
@@ -50,9 +54,13 @@ def picture(plan: SpacePlan, most: int = MOST) -> str:
     legend, x = "", 0
     for kind in present:
         name = _name(kind, plan)
-        legend += f'<rect x="{x}" y="{height - 12}" width="8" height="8" fill="{_colour(kind, plan)}"/>'
-        legend += f'<text x="{x + 12}" y="{height - 4}">{escape(name)}</text>'
-        x += 24 + 7 * len(name)
+        taken = 24 + 7 * len(name)
+        if x + taken > width:
+            x, bottom = 0, bottom + _LINE
+        legend += f'<rect x="{x}" y="{bottom}" width="8" height="8" fill="{_colour(kind, plan)}"/>'
+        legend += f'<text x="{x + 12}" y="{bottom + 8}">{escape(name)}</text>'
+        x += taken
+    height = bottom + 12
     size = plan.geometry.label(plan.asked_order)
     says = (
         f"policy {plan.policy}: {size} from {100 * plan.coverage:.1f}% to {100 * plan.coverage_after:.1f}%,"
@@ -61,10 +69,10 @@ def picture(plan: SpacePlan, most: int = MOST) -> str:
     each = f"a cell is {step} ranges of " if step > 1 else "a cell is a range of "
     label = escape(plan.label)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, x)} {height}" width="{max(width, x)}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
         f' font-family="sans-serif" font-size="12" role="img" aria-label="{escape(says)}"><title>{label}</title>'
-        f'<g fill="currentColor"><text y="14" font-weight="bold">{label}</text><text y="30">{escape(says)};'
-        f" {each}{plan.geometry.label(plan.geometry.pmd_order)}</text>{legend}</g>{cells}</svg>"
+        f'<g fill="currentColor"><text y="14" font-weight="bold">{label}</text><text y="30">{escape(says)}</text>'
+        f'<text y="46">{each}{plan.geometry.label(plan.geometry.pmd_order)}</text>{legend}</g>{cells}</svg>'
     )
 
 
