@@ -87,15 +87,15 @@ class Coverage:
         return cls(tuple(pages.tolist()), sum(part.unknown for part in parts), out_of_reach)
 
 
-def out_of_reach_remark(size: int, geometry: Geometry, *, movable: bool = True) -> str:
+def out_of_reach_remark(size: int, geometry: Geometry, *, recommend: bool = True) -> str:
     """Return as a sentence that no kernel collapses `size` bytes (:attr:`Coverage.out_of_reach`); ``""`` if 0.
 
     Args:
-        movable: whether nothing is known that keeps the mover from it.
+        recommend: whether to recommend the mover, which may refuse the memory, or have just done its work.
     """
     if not size:
         return ""
-    remedy = "; mthp collapse --small --mechanism move does, by injected code" if movable else ""
+    remedy = "; mthp collapse --small --mechanism move does, by injected code" if recommend else ""
     return (
         f"out of reach: {format_size(size)} lie in no whole {geometry.label(geometry.pmd_order)} range of their"
         f" mapping. No kernel collapses them{remedy}"

@@ -250,7 +250,10 @@ def command(
         print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
         # All targets are processes of this machine.
-        reach = [out_of_reach_remark(total.out_of_reach_bytes, made.geometry) for made in each.done[:1]]
+        recommend = dry_run or not (chosen.small and "move" in means.mechanism)
+        reach = [
+            out_of_reach_remark(total.out_of_reach_bytes, made.geometry, recommend=recommend) for made in each.done[:1]
+        ]
         print_each(each, targets_table(each, total), reach)
     return exit_code(stop.number) if stop() else each.code
 

@@ -169,7 +169,7 @@ def explain_space(space: AddressSpace, address: int | None = None) -> Explanatio
     memory = [*_described(space, vma, address, part, columns)]
     outside = 0 if whole else int(anonymous_pages(columns).sum()) * space.geometry.page_size
     if outside:
-        memory.append(out_of_reach_remark(outside, space.geometry, movable=not objections(space, vma)))
+        memory.append(out_of_reach_remark(outside, space.geometry, recommend=not objections(space, vma)))
     return Explanation(
         space.label,
         space.geometry,
@@ -279,7 +279,7 @@ def _explained_process(space: AddressSpace) -> Explanation:
         f" {100 * before.share(pmd):.1f}% of it mapped as {geometry.label(pmd)}"
     ]
     if outside := before.out_of_reach_bytes(geometry):
-        memory.append(out_of_reach_remark(outside, geometry, movable=not objections(space, None)))
+        memory.append(out_of_reach_remark(outside, geometry, recommend=not objections(space, None)))
     if space.thp_disabled:
         memory.append("it has switched THP off for itself (PR_SET_THP_DISABLE)")
     found = [

@@ -121,6 +121,14 @@ def test_every_command_says_what_is_out_of_reach(capsys: pytest.CaptureFixture[s
     assert [vma.anonymous.coverage.out_of_reach for vma in census.vmas] == [256, 5, 24]
 
 
+def test_a_collapse_by_the_mover_does_not_recommend_it(capsys: pytest.CaptureFixture[str]) -> None:
+    means = Means(mechanism="move", fill=True)
+    print_report(console(), collapse_space(heap(), PlanOptions(small=True), means))
+    said = capsys.readouterr().out
+    assert "No kernel collapses them" in said
+    assert "--small --mechanism move" not in said
+
+
 OUTSIDE = 285 * PAGE
 TOLD = "1.1M lie in no whole 2M range of their mapping"
 

@@ -191,7 +191,9 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     if report.remade.remark:
         remarks.append(report.remade.remark)
     remarks += _nothing_done(report)
-    if reach := out_of_reach_remark(report.after.out_of_reach_bytes(report.geometry), report.geometry):
+    by_mover = report.plan.small and "move" in report.mechanisms.values()
+    outside = report.after.out_of_reach_bytes(report.geometry)
+    if reach := out_of_reach_remark(outside, report.geometry, recommend=not by_mover):
         remarks.append(reach)
     if wanted is not None and report.coverage < wanted:
         remarks.append(
