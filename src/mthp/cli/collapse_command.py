@@ -315,21 +315,22 @@ def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mec
     if mechanism == "khugepaged":
         click.echo(
             "driving the kernel's khugepaged: the planned sizes are on for the whole system while it works, and it may"
-            " collapse memory of other processes too. All switches are put back at the end, and if mthp is"
+            " collapse memory of other processes too. All switches are put back at the end, also if mthp is"
             " killed",
             err=True,
         )
         return
     out = console(stderr=True)
     threads = abilities.threads(space)
+    stopped = "its thread is" if threads == 1 else f"all of its {threads} threads are"
     pause = milliseconds(window_ns(threads, means.max_pause_ns) / 1e9)
     for line in (
-        f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
-        f" {threads} threads are stopped repeatedly. The aim is {pause} at a time and"
-        f" {percent(means.pause_share)} of the time; the result shows the pauses. One thread runs a small piece of"
-        " injected code, which moves pages away (UFFDIO_MOVE) and copies them back;",
+        f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: {stopped}"
+        f" stopped repeatedly. The aim is {pause} at a time and {percent(means.pause_share)} of the time; the result"
+        " shows the pauses. One thread runs a small piece of injected code, which moves pages away (UFFDIO_MOVE) and"
+        " copies them back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
-        " put back at the end, and if mthp is killed",
+        " put back at the end, also if mthp is killed",
     ):
         say(out, line)
 
