@@ -74,6 +74,7 @@ def test_leaves_alone_what_somebody_else_changed(before: dict[str, str], thp_swi
     }
 
 
+@pytest.mark.slow
 def test_another_at_work(before: dict[str, str]) -> None:
     crash()
     left = words()

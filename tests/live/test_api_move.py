@@ -187,6 +187,7 @@ def test_a_process_collapses_itself() -> None:
     assert windows == 0
 
 
+@pytest.mark.slow
 def test_without_rights_it_takes_a_size_that_is_on(all_off: None, thp_switches: ThpSwitches) -> None:
     said = in_python(NOBODY)
     assert said.startswith("NotPermittedError")

@@ -184,6 +184,7 @@ def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> N
     assert predicted["min_coverage_reached"]
 
 
+@pytest.mark.slow
 def test_the_coverage_is_that_of_the_pages(actor: Actor) -> None:
     # Memory that must not change counts as resident, but is not planned.
     spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
@@ -332,6 +333,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
     assert report["elapsed_seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
 
 
+@pytest.mark.slow
 def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:
     address = actor.map(3 * PMD_SIZE, shared=True)
     actor.fill(address, 2 * PAGES)
@@ -358,6 +360,7 @@ def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:
     assert actor.damaged(address, 2 * PAGES) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.requires("pagemap_scan")
 def test_the_huge_zero_page_is_not_counted_as_covered(actor: Actor, thp_switches: ThpSwitches) -> None:
     address = actor.map(2 * PMD_SIZE)

@@ -63,6 +63,7 @@ def sparse(cgroup: MemoryCgroup) -> Iterator[Sparse]:
         yield actor
 
 
+@pytest.mark.slow
 def test_the_defaults_leave_a_target_room_to_grow(cgroup: MemoryCgroup, sparse: Sparse) -> None:
     resident = memory_of(sparse.pid).rss
     report = mthp_json("collapse", sparse.pid, *PMD, code=1)
@@ -81,6 +82,7 @@ def test_the_library_has_the_same_defaults(sparse: Sparse) -> None:
     assert sparse.grows()
 
 
+@pytest.mark.slow
 def test_no_budget_lifts_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> None:
     report = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", code=1)
     assert report["collapsed_ranges"] > 100

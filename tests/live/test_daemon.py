@@ -90,6 +90,7 @@ def test_it_collapses_its_target_tells_of_it_and_leaves_everything_as_it_was(run
     assert not daemon.socket.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pmd_only")
 def test_new_processes_are_noticed_and_ones_that_end_leave_nothing(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "events"
@@ -108,6 +109,7 @@ def test_new_processes_are_noticed_and_ones_that_end_leave_nothing(run: Path, tm
     assert min(delays) < REMATCH_SECONDS / 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pmd_only")
 @pytest.mark.requires("ns_last_pid")
 def test_a_number_that_a_rule_names_means_the_process_that_had_it(run: Path) -> None:
@@ -178,6 +180,7 @@ def test_rules_are_read_again_on_sighup_and_bad_ones_are_refused_as_a_whole(run:
         assert threads_of(puppet.pid)
 
 
+@pytest.mark.slow
 def test_files_of_conf_d_come_and_go_on_sighup(run: Path, tmp_path: Path) -> None:
     more = tmp_path / "etc" / "conf.d"
     more.mkdir(parents=True)
@@ -219,6 +222,7 @@ def test_the_command_line_takes_what_a_rule_takes(run: Path) -> None:
     assert done.stdout.startswith("3 rules")
 
 
+@pytest.mark.slow
 def test_switches_of_the_system_are_followed(run: Path, pmd_only: ThpSwitches) -> None:
     with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", *MOVE) as daemon:
         small_pages(puppet)
@@ -248,6 +252,7 @@ def test_metrics_are_read_by_a_parser_of_prometheus(run: Path) -> None:
     assert {"mthp_pause_seconds", "mthp_collapse_failures", "mthp_scanned_ptes", "mthp_cpu_seconds"} <= set(families)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pmd_only")
 def test_the_service_is_known_of_a_process_that_a_rule_finds_by_its_pid(run: Path) -> None:
     mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
@@ -419,6 +424,7 @@ def test_a_target_that_is_killed_is_a_normal_event(run: Path, thp_switches: ThpS
         assert "Traceback" not in daemon.said
 
 
+@pytest.mark.slow
 def test_a_target_that_is_stopped_stays_stopped_and_goes_on_when_told(run: Path, thp_switches: ThpSwitches) -> None:
     with at_work(run, thp_switches) as (daemon, puppet, address):
         os.kill(puppet.pid, signal.SIGSTOP)
@@ -445,6 +451,7 @@ def test_a_target_that_forks_unmaps_and_maps_meanwhile_is_never_harmed(run: Path
         assert daemon.target(puppet.pid) is not None
 
 
+@pytest.mark.slow
 def test_a_target_that_becomes_another_program_is_matched_anew(run: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     script = "read; exec sleep 600"
@@ -509,6 +516,7 @@ def _switch(size: str) -> str:
     return Path(f"/sys/kernel/mm/transparent_hugepage/hugepages-{size}/enabled").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_event_log_is_said_and_stops_nothing(run: Path, thp_switches: ThpSwitches) -> None:
     with at_work(run, thp_switches, "--events", "/dev/full") as (daemon, puppet, _):
         before = daemon.collapsed(puppet.pid)

@@ -333,6 +333,7 @@ print(json.dumps(answer))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
 def test_the_unprivileged_view(puppet: Puppet, thp_switches: ThpSwitches) -> None:
     done = subprocess.run(

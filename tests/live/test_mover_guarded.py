@@ -513,6 +513,7 @@ def test_nothing_is_left(memory: Callable[[int], int], journal: SwitchJournal) -
     assert int(Path("/proc/self/statm").read_text().split()[0]) - size < 1024
 
 
+@pytest.mark.slow
 def test_without_rights_for_the_guard(memory: Callable[[int], int], journal: SwitchJournal) -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
         pytest.skip("everybody may have a userfaultfd here")

@@ -39,6 +39,7 @@ def test_the_three_looks_agree_with_smaps() -> None:
         assert sum((third.by_order or {}).values()) == third.resident
 
 
+@pytest.mark.slow
 @pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
 def test_a_mapping_is_collapsed_from_the_screen() -> None:
     with Actor() as actor:

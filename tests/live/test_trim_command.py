@@ -34,6 +34,7 @@ def wasteful(puppet: Puppet) -> int:
     return address
 
 
+@pytest.mark.slow
 def test_the_command_gives_back_what_it_said() -> None:
     with Puppet() as puppet:
         wasteful(puppet)
