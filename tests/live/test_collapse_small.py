@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from daemons import RunningDaemon
 from e2e.helpers import Actor, mthp, mthp_json
 from mover_targets import compiled
 from mthp.engine.collapse import collapse_space
@@ -187,3 +188,23 @@ def test_mappings_that_come_go_split_and_join(threads: int, tmp_path: Path) -> N
         assert (target.finish(), target.word(3)) == (0, 0), "it died, or found wrong words"
     print(f"{threads} threads, {rounds} rounds, folios made {dict(made)}, left {dict(reasons)}")
     assert sum(made.values()) > 0
+
+
+def test_a_rule_with_small_moves_a_small_mapping(actor: Actor, tmp_path: Path) -> None:
+    """The daemon does the same for a rule, and contents stay."""
+    pages = 4 + 16 + 64
+    address = mapped_between_guards(actor, 44, pages)
+    rules = tmp_path / "rules.toml"
+    rules.write_text(
+        "[daemon]\ncpu = '100%'\n[[rule]]\nname = 'small'\n"
+        f"match = {{ pid = [{actor.pid}] }}\norders = '16K,64K,256K'\nmax_ptes_none = 0\n"
+        f"mechanism = 'move'\nsmall = true\nmax_pause = '{round(20 * FACTOR)}ms'\n"
+    )
+    with RunningDaemon(tmp_path / "run", "--config", str(rules)) as daemon:
+        until(lambda: orders(actor.pid, address, pages) == [2] * 4 + [4] * 16 + [6] * 64, lambda: daemon.said)
+        target = daemon.target(actor.pid)
+    assert target is not None
+    assert target["collapses"] == {"16K": 1, "64K": 1, "256K": 1} | target["collapses"]
+    assert target["pauses"]["count"] > 0
+    assert target["bloat_bytes"] == 0
+    assert actor.damaged(address, pages) == 0

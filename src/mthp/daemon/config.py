@@ -292,7 +292,14 @@ def _rule(document: TomlDocument, place: Place, defaults: Settings) -> Rule:
     deny = found.pop("deny", False)
     if deny and found:
         document.refuse(place, f"denies, and sets {', '.join(found)}", help="remove these keys, or deny")
-    return Rule(rule_name, match, deny, dataclasses.replace(defaults, **found))
+    settings = dataclasses.replace(defaults, **found)
+    if settings.small and not deny and "move" not in settings.mechanism:
+        document.refuse(
+            place,
+            f"has small, which the mechanism {settings.mechanism} does not make",
+            help='set mechanism = "move" or "madvise,move"; both inject code into the process',
+        )
+    return Rule(rule_name, match, deny, settings)
 
 
 METRICS_HOST = "127.0.0.1"

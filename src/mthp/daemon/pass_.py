@@ -24,6 +24,7 @@ from mthp.daemon.eagerness import EagernessLevel, large_enough
 from mthp.daemon.environment import Environment
 from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
+from mthp.engine.parts import Parts
 from mthp.engine.select import PlanOptions
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visit import Visit
@@ -118,9 +119,19 @@ class TargetPass:
             room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
             self.visit = Visit(self.space, self._choice(), self.means, admit=self._admit, count_folios=True)
+            self._parts = Parts(self.space, self.means, self._admit)
         except MthpError:
             self.space.close()
             raise
+
+    @property
+    def touching(self) -> bool:
+        """Whether memory of the target is being worked on at this moment; any thread may ask."""
+        return self.visit.touching or self._parts.touching
+
+    def todo_parts(self) -> None:
+        """Work on memory outside of whole PMD ranges too, after the ranges."""
+        self._parts.plan(self._choice())
 
     def _choice(self) -> PlanOptions:
         settings = self._settings
@@ -223,8 +234,8 @@ class TargetPass:
 
     @property
     def is_done(self) -> bool:
-        """Whether no range is left."""
-        return not self._stretches
+        """Whether no range is left, and no block outside of whole ranges."""
+        return not self._stretches and not self._parts.left
 
     @property
     def gain(self) -> int:
@@ -252,6 +263,10 @@ class TargetPass:
             self._note(passage.attempts)
             if len(passage.addresses):
                 done.append((passage, self.space.outline([(int(passage.addresses[0]), passage.end)])))
+        if ranges > 0 and not self._stretches and self._parts.left and not self._environment.stopping():
+            passage = self._parts.batch(ranges * size)
+            self._note(passage.attempts)
+            done.append((passage, Outline.joined([])))
         return done
 
     def _admit(self, candidate: Candidate) -> ScanResult:
@@ -275,6 +290,7 @@ class TargetPass:
         if any(self._admission.ended_by(attempt.result) for attempt in attempts):
             self.out_of_memory = self._admission.room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
             self._stretches.clear()
+            self._parts.drop()
 
 
 def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:

@@ -41,6 +41,8 @@ class Settings:
         mechanism: how blocks are made. "auto" injects no code: the PMD size by madvise, below it split (Linux 6.12 with
             debugfs) or else khugepaged (7.2, while no rate is set). "move": the sizes below the PMD size, by injected
             code that stops the process for max_pause. "madvise,move": both.
+        small: also move memory outside of whole PMD ranges of its mapping (small mappings, and the edges of large ones)
+            into folios below the PMD size. It needs a mechanism with "move".
         max_pause_ns: longest time for which its threads may be stopped at once.
         pause_share: the part of the time that they may be stopped, above 0, up to 1.
         max_bloat: memory that filling holes may add: a share of the resident memory, bytes, or "none" (None) for no
@@ -68,6 +70,7 @@ class Settings:
     max_ptes_swap: Limit | None = None
     max_ptes_shared: Limit | None = None
     mechanism: Mechanism = "auto"
+    small: bool = False
     max_pause_ns: Annotated[int, positive(parse_duration)] = 5_000_000
     pause_share: Annotated[float, positive(parse_share)] = PAUSE_SHARE
     max_bloat: Annotated[Amount | None, parse_bloat] = DEFAULT_BLOAT

@@ -24,7 +24,7 @@ from mthp.daemon.ledger import Ledger
 from mthp.daemon.pass_ import LeftAlone, TargetPass, account, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
-from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, Sign, SmallFolios
+from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, PartTurns, Sign, SmallFolios
 from mthp.daemon.telemetry import WorkCounters
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
@@ -140,6 +140,7 @@ class Target:
         # A small piece first, because the speed of this process is unknown.
         self._at_a_time = 2
         self._unadvised = Backoff()
+        self._parts = PartTurns()
         self.forks = Forks()
         self.left_alone: list[LeftAlone] = []
         self.vanished = self.closed = False
@@ -176,7 +177,7 @@ class Target:
     def touched_now(self) -> bool:
         """Whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
-        return current is not None and current.visit.touching
+        return current is not None and current.touching
 
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule, and scan everything again."""
@@ -206,6 +207,7 @@ class Target:
         self.end_pass()
         self._ledger.forget()
         self.small_folios.stale()
+        self._parts.changed()
         self._seen = None
         self.next_at = self._environment.clock()
 
@@ -287,7 +289,10 @@ class Target:
         if after_fork:
             self._ledger.forget()
         touched = sign != self._seen or after_fork
-        if touched or now >= min(self._list_at, self._ledger.next_retry()):
+        if touched:
+            self._parts.changed()
+        parts_due = self.settings.small and self._parts.due(now)
+        if touched or parts_due or now >= min(self._list_at, self._ledger.next_retry()):
             self._seen = sign
             first = min(FIRST_LIST, longest)
             self._list_interval = first if touched else min(2 * self._list_interval, LAST_LIST * longest)
@@ -321,6 +326,9 @@ class Target:
             self.forks.put_back(after_fork)
             return
         self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
+        if self.settings.small and self._parts.due(now):
+            self._pass.todo_parts()
+            self._parts.planned(now)
         taken = self._environment.clock() - now
         # Without room for a PMD range, advice changes nothing, and a new mapping shows in the process's size.
         has_room = self._pass.visit.has_room
@@ -352,6 +360,8 @@ class Target:
             size = account(environment, self.counters, self.service, self.facts, current.space, passage)
             self._rate.spend(size)
             environment.bytes.spend(size)
+            if size and not len(passage.addresses):
+                self._parts.made(now)
             self._ledger.scanned(passage.addresses, passage.results, after, now, retry, passage.folio_pages)
             self.small_folios.note(passage.attempts, environment.geometry)
         if current.reasons:

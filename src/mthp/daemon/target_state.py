@@ -6,6 +6,7 @@
   collapse in that time copies pages that parent and child share, for both. When the parent writes, copy-on-write breaks
   up its folios page by page, as while Redis saves its data. So nothing is collapsed until the last child is gone. Then
   everything is scanned again, broken folios first.
+- :class:`PartTurns`: the times at which its memory outside of whole PMD ranges is planned.
 - :class:`SmallFolios`: the folios below the PMD order that were made in it, and whether they last. The kernel's own
   khugepaged makes huge folios of them again where max_ptes_none lets it (:mod:`mthp.engine.lasting`).
 """
@@ -29,6 +30,7 @@ from mthp.geometry import Geometry
 from mthp.heat import Heat, HeatRequest
 from mthp.naming import ProcessFacts
 from mthp.outline import Outline
+from mthp.pacing import Backoff
 from mthp.results import BlockOutcome, ScanResult
 
 
@@ -159,6 +161,38 @@ class Forks:
     def put_back(self, over: bool) -> None:
         """Return from the next call of :meth:`take_over` what this one did, because nothing was scanned."""
         self._over |= over
+
+
+PART_SECONDS = 60.0, 3600.0
+"""Least seconds between two plans of memory outside of whole PMD ranges, and the most: each plan of which nothing is
+made doubles them, because the mover stops the target also for blocks that it then refuses.
+"""
+
+
+class PartTurns:
+    """The times at which memory outside of whole PMD ranges is planned: once after changes, and not too often."""
+
+    def __init__(self) -> None:
+        self._changed = False
+        self._rest = Backoff()
+
+    def changed(self) -> None:
+        """Note that the memory may have changed."""
+        self._changed = True
+
+    def due(self, now: float) -> bool:
+        """Return whether it is time for a plan."""
+        return self._changed and not self._rest.rests(now)
+
+    def planned(self, now: float) -> None:
+        """Note that a plan was made."""
+        self._changed = False
+        self._rest.failed(now, *PART_SECONDS)
+
+    def made(self, now: float) -> None:
+        """Note that a folio was made, so that the next plan is soon."""
+        self._rest = Backoff()
+        self._rest.failed(now, *PART_SECONDS)
 
 
 class SmallFolios:

@@ -159,6 +159,28 @@ def _plan_block(
     )
 
 
+def plan_parts(space: AddressSpace, options: PlanOptions) -> Folios:
+    """Return the planned folios outside of whole PMD ranges of their mapping, by ascending address.
+
+    No other memory is read. `small` of `options` is taken as set.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+        TargetVanishedError: the process exited in the meantime.
+    """
+    options = replace(options, small=True)
+    policy, base = policy_named(options.policy), base_rules(space, options)
+    jobs, _ = jobs_of(space, options, base)
+    blocks = (
+        (job, block)
+        for job in jobs
+        if job.small
+        for block in blocks_of(job, space.populated(job.segments, space.geometry.pmd_size), space.geometry)
+    )
+    folios = Folios.joined([_plan_block(space, job, block, policy, options.filled)[2] for job, block in blocks])
+    return folios[np.argsort(folios.address)]
+
+
 def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpacePlan:
     """Return the plan that makes one folio of every aligned block of `order` with contents between two addresses.
 

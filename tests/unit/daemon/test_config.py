@@ -71,6 +71,16 @@ def test_rules_for_different_processes_or_with_the_same_settings_do_not_clash(
         ('[[rule]]\nmatch = { uid = "nobody-of-that-name" }', "unknown user", "getent"),
         ("[[rule]]\npolicy = 'rfc'", "rules.toml:1: rule 1 has no match", "match ="),
         ("[[rule]]\nmatch = {}\ndeny = true\npolicy = 'rfc'", "rules.toml:1: rule 1 denies, and sets policy", "remove"),
+        (
+            "[[rule]]\nmatch = {}\nsmall = true",
+            "rules.toml:1: rule 1 has small, which the mechanism auto",
+            "madvise,move",
+        ),
+        (
+            "[defaults]\nsmall = true\n[[rule]]\nmatch = {}\nmechanism = 'split'",
+            "has small, which the mechanism split",
+            "move",
+        ),
         ("[[rule]]\nmatch = { cgroup = '/sys/fs/cgroup/a' }", "is a path of the file system", "below"),
         ("[[rule]]\nmatch = { comm = [] }", "an empty list has no effect", "leave it out"),
         ("[rule]\nmatch = {}", "rules.toml:1: rule is not a list of tables", "[[rule]]"),

@@ -26,6 +26,7 @@ from mthp.daemon.environment import SHORTEST_ROUND
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE
+from mthp.daemon.target_state import PART_SECONDS
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.naming import Match
 from mthp.objects import to_object
@@ -331,3 +332,62 @@ def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypat
     stage.steps(3.0)
     assert stage.target.left_out == NOT_EAGER
     assert stage.target.settings.trim == 0.5
+
+
+def small_memory(stage: Stage, pages: int, present: int) -> Vma:
+    """Give the target one small mapping beside a full PMD range."""
+    words = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "hg"})
+    arena = Vma(START - 64 * G.pmd_size, START - 64 * G.pmd_size + pages * G.page_size, "rw-p", flags=words)
+    large = stage.space.vmas()[0]
+    runs = ((present, int(Pte.PRESENT), 0), (pages - present, 0, ORDER_NONE))
+    mappings = [(arena, *page_runs(*runs)), (replace(large, flags=words), *page_runs(*FULL))]
+    stage.space = FakeSpace(mappings, orders=G.anon_orders, switches=stage.space.switches)
+    return arena
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_rule_with_small_moves_small_mappings_after_whole_ranges(small: bool) -> None:
+    stage = Stage(FULL, mechanism="madvise,move", orders=(4, 8, 9), small=small)
+    arena = small_memory(stage, 256 + 16, 256 + 16)
+    stage.steps(30.0)
+    counters = stage.target.counters
+    assert counters.collapsed == ({4: 1, 8: 1, 9: 1} if small else {9: 1})
+    order = [address for address, _ in stage.space.attempts]
+    assert order == ([START, arena.start, arena.start + (1 << 20)] if small else [START])
+    assert counters.bloat_bytes == 0
+    assert not stage.target.working
+
+
+def test_what_is_written_later_is_moved_later_and_no_sooner_than_after_a_minute() -> None:
+    stage = Stage(FULL, mechanism="madvise,move", orders=(4, 9), small=True, max_ptes_none=0)
+    arena = small_memory(stage, 64, 16)
+    stage.steps(10.0)
+    assert stage.target.counters.collapsed == {4: 1, 9: 1}
+    stage.space.write(arena.start + 16 * G.page_size, int(Pte.PRESENT), 0, 16)
+    stage.process.faults += 16
+    stage.steps(PART_SECONDS[0] - 20.0)
+    assert stage.target.counters.collapsed == {4: 1, 9: 1}
+    stage.steps(30.0)
+    assert stage.target.counters.collapsed == {4: 2, 9: 1}
+
+
+def test_small_memory_of_which_nothing_is_made_is_tried_less_and_less_often() -> None:
+    stage = Stage(FULL, mechanism="madvise,move", orders=(4, 9), small=True)
+    arena = small_memory(stage, 16, 16)
+    stage.space.fails = {arena.start: ScanResult.PAGE_COUNT}
+    for _ in range(60):
+        stage.process.faults += 1
+        stage.steps(60.0)
+    tried = [address for address, _ in stage.space.attempts].count(arena.start)
+    # At 0, 1, 3, 7, 15 and 31 minutes.
+    assert 5 <= tried <= 7
+    assert stage.target.left_out == ""
+
+
+def test_a_failed_charge_ends_the_work_on_small_memory_too() -> None:
+    stage = Stage(FULL, mechanism="madvise,move", orders=(4, 8, 9), small=True)
+    arena = small_memory(stage, 256 + 16, 256 + 16)
+    stage.space.fails = {arena.start: ScanResult.CGROUP_CHARGE_FAIL}
+    stage.steps(5.0)
+    assert stage.target.counters.collapsed == {9: 1}
+    assert stage.target.left_out.startswith("a charge failed")
