@@ -238,12 +238,9 @@ class _Run:
     # Programs.
 
     def _begin(self, plan: ProcessPlan, copy: int, number: int) -> None:
-        settings, page = plan.settings, self._scenario.geometry.page_size
-        groups = self.machine.parts.memory.cgroups
-        cgroup = groups.create(settings.limit // page) if settings.limit or self._limited(settings.name) else 0
-        # A fault limits it later. A limit of 0 would be one.
-        if cgroup and not settings.limit:
-            groups.set_limit(cgroup, None)
+        settings, groups = plan.settings, self.machine.parts.memory.cgroups
+        # Also if only a fault limits it later.
+        cgroup = groups.create(self._frames(settings.limit)) if settings.limit or self._limited(settings.name) else 0
         program = Program(
             self.machine,
             f"{settings.name}-{copy + 1}" if settings.count > 1 else settings.name,
@@ -265,6 +262,10 @@ class _Run:
             self._at(self.now, lambda: self._tick(member))
 
     def _limited(self, name: str) -> bool:
+    def _frames(self, limit: int) -> int | None:
+        """Return a limit in frames; None for 0 bytes, which stand for no limit."""
+        return limit // self._scenario.geometry.page_size if limit else None
+
         return any(fault.kind == "limit" and fault.process == name for fault in self._scenario.faults)
 
     def _tick(self, member: _Member) -> None:
@@ -308,8 +309,7 @@ class _Run:
             if fault.kind == "kill":
                 member.program.end()
             elif fault.kind == "limit":
-                page = self._scenario.geometry.page_size
-                self.machine.parts.memory.cgroups.set_limit(member.cgroup, fault.size // page)
+                self.machine.parts.memory.cgroups.set_limit(member.cgroup, self._frames(fault.size))
             else:
                 self._pin(member.program, fault)
 

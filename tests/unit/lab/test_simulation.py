@@ -170,6 +170,13 @@ def test_on_a_fragmented_machine_large_folios_are_rare(tmp_path: Path) -> None:
     text = HEAD.format(seconds=3, memory="64M")
     rows = {}
     for share in ("0%", "95%"):
+@pytest.mark.parametrize("more", ["", 'limit = "1M"\n'])
+def test_a_limit_of_0_is_none(tmp_path: Path, more: str) -> None:
+    fault = '[[fault]]\nat = "0s"\nkind = "limit"\nprocess = "redis"\nsize = 0\n'
+    outcome = run(tmp_path, process("redis", f"advise = false\n{more}"), fault)
+    assert (outcome.last["killed"], outcome.last["processes"]) == (0, 1)
+
+
         path = tmp_path / "scenario.toml"
         path.write_text(
             text.replace('memory = "64M"', f'memory = "64M"\nfragmentation = "{share}"') + process("service")
