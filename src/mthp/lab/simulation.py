@@ -164,7 +164,7 @@ class _Run:
         self._khugepaged = self._mthp.khugepaged or self.machine.khugepaged
         self._policy = maker.name
         self._seed = scenario.settings.seed if seed is None else seed
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._made = 0
         self._members: list[_Member] = []
         self._rows: list[Row] = []
@@ -212,7 +212,7 @@ class _Run:
         self._progress(self.now, self._scenario.settings.duration)
         return self._interrupted or self.now >= self._scenario.settings.duration
 
-    def _at(self, seconds: float, action: Callable[[], None]) -> None:
+    def _at(self, seconds: float, action: Callable[[], object]) -> None:
         # The number breaks ties, in the order of creation, because functions cannot be compared.
         heapq.heappush(self._events, (seconds, self._made, action))
         self._made += 1
@@ -253,7 +253,7 @@ class _Run:
         member = _Member(plan, program, plan.model.live(program), self.now, cgroup)
         self._members.append(member)
         if settings.stop:
-            self._at(settings.stop, program.end)
+            self._at(settings.stop, lambda: self._act(member, program.end))
         if settings.advise and settings.advise_after:
             self._at(self.now + settings.advise_after, program.advise)
         # Up to the first yield, which maps the memory.
@@ -307,7 +307,7 @@ class _Run:
             if member.plan.settings.name != fault.process or not member.program.alive:
                 continue
             if fault.kind == "kill":
-                member.program.end()
+                self._act(member, member.program.end)
             elif fault.kind == "limit":
                 self.machine.parts.memory.cgroups.set_limit(member.cgroup, self._frames(fault.size))
             else:

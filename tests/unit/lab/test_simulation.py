@@ -186,9 +186,19 @@ def test_a_limit_of_0_is_none(tmp_path: Path, more: str) -> None:
     assert rows["95%"]["huge_coverage"] < rows["0%"]["huge_coverage"]
 
 
-def test_khugepaged_can_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_the_process", "fault"),
+    [
+        ("", ""),
+        ('stop = "2s"', ""),
+        ('advise_after = "1s"', ""),
+        ("", '[[fault]]\nat = "2s"\nkind = "kill"\nprocess = "service"\n'),
+    ],
+)
+def test_without_khugepaged_all_work_is_that_of_programs(tmp_path: Path, of_the_process: str, fault: str) -> None:
     path = tmp_path / "scenario.toml"
-    path.write_text("khugepaged = false\n" + HEAD.format(seconds=3, memory="64M") + process("service"))
+    text = HEAD.format(seconds=3, memory="64M") + process("service", of_the_process) + fault
+    path.write_text(f"khugepaged = false\n{text}")
     last = simulate(load_scenario(path)).last
     assert (last["scanned_ptes"], last["khugepaged_seconds"]) == (0, 0.0)
 
