@@ -184,7 +184,7 @@ class _Run:
             where = self._scenario.machine
             machine.fragment(where.fragmentation, movable=where.movable, seed=self._seed)
         # First of the events at 0, so the first row is the machine without programs.
-        self._at(0.0, self._sample)
+        self._at(0.0, lambda: self._sample(0))
         number = 0
         for plan in self._scenario.processes:
             for copy in range(plan.settings.count):
@@ -199,11 +199,12 @@ class _Run:
         if settings.khugepaged:
             # khugepaged's rests run the programs (class _Time).
             self._khugepaged.run(lambda: self._over)
-        else:
+        if not self._interrupted:
+            # With khugepaged, those that became due in its last work.
             self.until(settings.duration)
         if not self._rows:
             # It was stopped before the first event.
-            self._sample()
+            self._sample(0)
         return Outcome(self._policy, self._rows, self._interrupted)
 
     @property
@@ -255,17 +256,17 @@ class _Run:
         if settings.stop:
             self._at(settings.stop, lambda: self._act(member, program.end))
         if settings.advise and settings.advise_after:
-            self._at(self.now + settings.advise_after, program.advise)
+            self._at(self.now + settings.advise_after, lambda: self._act(member, program.advise))
         # Up to the first yield, which maps the memory.
         if self._act(member, lambda: next(member.life)):
             self._mthp.enter(program)
             self._at(self.now, lambda: self._tick(member))
 
-    def _limited(self, name: str) -> bool:
     def _frames(self, limit: int) -> int | None:
         """Return a limit in frames; None for 0 bytes, which stand for no limit."""
         return limit // self._scenario.geometry.page_size if limit else None
 
+    def _limited(self, name: str) -> bool:
         return any(fault.kind == "limit" and fault.process == name for fault in self._scenario.faults)
 
     def _tick(self, member: _Member) -> None:
@@ -327,14 +328,14 @@ class _Run:
 
     # Samples.
 
-    def _sample(self) -> None:
+    def _sample(self, number: int) -> None:
         settings = self._scenario.settings
-        living = [member.program for member in self._members if member.program.alive]
-        rows = [self._row_of(program) for program in living]
+        rows = [self._row_of(member.program) for member in self._members if member.program.alive]
         self._rows += [row for row, _, _ in rows]
         self._rows.append(self._whole(rows))
-        if (due := self.now + settings.sample) <= settings.duration:
-            self._at(due, self._sample)
+        # In whole nanoseconds, as the clock: 3 * 0.1 is more than 0.3.
+        if (due := round((number + 1) * settings.sample, 9)) <= settings.duration:
+            self._at(due, lambda: self._sample(number + 1))
 
     def _row_of(self, program: Program) -> tuple[Row, NDArray[np.int64], int]:
         pages = take_census(self.machine.space(program.mm)).anonymous

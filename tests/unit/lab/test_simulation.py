@@ -141,6 +141,20 @@ def test_processes_begin_and_end_when_they_are_to(tmp_path: Path) -> None:
     assert (living[1], living[3], living[5]) == (0, 1, 0)
 
 
+@pytest.mark.parametrize("head", ["khugepaged = false\n", ""])
+@pytest.mark.parametrize("sample", [0.1, 0.3])
+def test_samples_are_taken_at_their_times_up_to_the_end(tmp_path: Path, head: str, sample: float) -> None:
+    path = tmp_path / "scenario.toml"
+    text = HEAD.format(seconds=3, memory="128M").replace('sample = "1s"', f'sample = "{sample}s"')
+    path.write_text(head + text + process("redis"))
+    rows = [row for row in simulate(load_scenario(path)).rows if not row["process"]]
+    assert len(rows) == round(3 / sample) + 1
+    # The cost of work delays a sample, but not the next ones.
+    late = [row["seconds"] - number * sample for number, row in enumerate(rows)]
+    assert min(late) > -1e-6
+    assert late[-1] < sample
+
+
 def test_a_killed_process_is_gone_and_its_memory_free(tmp_path: Path) -> None:
     fault = '[[fault]]\nat = "3s"\nkind = "kill"\nprocess = "redis"\n'
     outcome = run(tmp_path, process("redis"), fault)
@@ -154,6 +168,13 @@ def test_a_limit_that_is_too_small_kills(tmp_path: Path) -> None:
     outcome = run(tmp_path, process("redis", "advise = false"), process("service"), fault)
     assert outcome.last["killed"] == 1
     assert outcome.last["processes"] == 1
+
+
+@pytest.mark.parametrize("more", ["", 'limit = "1M"\n'])
+def test_a_limit_of_0_is_none(tmp_path: Path, more: str) -> None:
+    fault = '[[fault]]\nat = "0s"\nkind = "limit"\nprocess = "redis"\nsize = 0\n'
+    outcome = run(tmp_path, process("redis", f"advise = false\n{more}"), fault)
+    assert (outcome.last["killed"], outcome.last["processes"]) == (0, 1)
 
 
 def test_pinned_pages_are_left_alone_and_let_go(tmp_path: Path) -> None:
@@ -170,13 +191,6 @@ def test_on_a_fragmented_machine_large_folios_are_rare(tmp_path: Path) -> None:
     text = HEAD.format(seconds=3, memory="64M")
     rows = {}
     for share in ("0%", "95%"):
-@pytest.mark.parametrize("more", ["", 'limit = "1M"\n'])
-def test_a_limit_of_0_is_none(tmp_path: Path, more: str) -> None:
-    fault = '[[fault]]\nat = "0s"\nkind = "limit"\nprocess = "redis"\nsize = 0\n'
-    outcome = run(tmp_path, process("redis", f"advise = false\n{more}"), fault)
-    assert (outcome.last["killed"], outcome.last["processes"]) == (0, 1)
-
-
         path = tmp_path / "scenario.toml"
         path.write_text(
             text.replace('memory = "64M"', f'memory = "64M"\nfragmentation = "{share}"') + process("service")
