@@ -197,7 +197,7 @@ class Trims:
 
     @property
     def looking(self) -> float:
-        """Return the share of the time that looking took."""
+        """The share of the time that looking took."""
         return self._looking_ns / self._ns
 
 

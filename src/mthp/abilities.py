@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.budget import MemoryBound
 from mthp.errors import UnsupportedError
-from mthp.freememory import FreeMemory
+from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.heat import Heat, HeatRequest, parse_heat
 from mthp.heatfile import read_heat
 from mthp.means import Means
@@ -141,27 +141,26 @@ def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
 
 
 @runtime_checkable
-class OnFreeMemory(Protocol):
-    """An address space on a machine with known free memory."""
-
-    def free_bytes(self, order: int) -> int | None: ...
-
-
-def free_bytes(space: AddressSpace, order: int) -> int | None:
-    """Return the bytes that the machine can at once allocate in folios of `order`; None if unknown."""
-    return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
-
-
-@runtime_checkable
 class OnMachine(Protocol):
-    """An address space on a machine with known free memory by order."""
+    """An address space on a machine whose free memory is known."""
 
     def free_memory(self) -> FreeMemory | None: ...
+
+    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None: ...
 
 
 def free_memory(space: AddressSpace) -> FreeMemory | None:
     """Return the free memory of the machine of `space`; None if unknown."""
     return space.free_memory() if isinstance(space, OnMachine) else None
+
+
+def memory_blocks(space: AddressSpace, free: FreeMemory, order: int) -> MemoryBlocks | None:
+    """Return the contents of the blocks of `order` of the machine of `space`; None if unknown.
+
+    Args:
+        free: the machine's free memory, read before.
+    """
+    return space.memory_blocks(free, order) if isinstance(space, OnMachine) else None
 
 
 @runtime_checkable

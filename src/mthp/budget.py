@@ -161,6 +161,11 @@ class Room:
         return True
 
     @property
+    def of_machine(self) -> bool:
+        """Whether the machine's memory is the tightest limit."""
+        return self._tightest is not None and self._tightest.name == MACHINE
+
+    @property
     def reason(self) -> str:
         """The reason why something does not fit, as a sentence without a full stop; ``""`` without a limit."""
         bound = self._tightest

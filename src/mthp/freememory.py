@@ -1,15 +1,16 @@
-"""Free memory of a machine as the kernel reports it: by order, beyond its reserve, and in blocks that can be emptied.
+"""Free memory of a machine as the kernel reports it: by order, beyond its reserve, and block by block.
 
-Linux and the simulated machine print the same texts: ``/proc/buddyinfo``, ``/proc/zoneinfo`` and
-``/proc/pagetypeinfo``. Only root can read the last one on Linux.
+Linux and the simulated machine print the same texts: ``/proc/buddyinfo`` and ``/proc/zoneinfo``.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +47,21 @@ class FreeZone:
         blocks: number of free blocks, by order.
         kept: pages that the kernel keeps free: the ``min`` watermark, and the reserve for allocations that can use no
             other zone (__zone_watermark_ok(), mm/page_alloc.c).
-        movable: free pages in page blocks of the migrate type Movable, which compaction empties and moves pages to;
-            None if unknown.
-        used: pages in use in such page blocks.
-        listed: pages on the LRU lists: the memory of programs and files.
+        listed: free pages in the lists of processors (struct per_cpu_pages), which are not in `blocks`. The kernel
+            drains them before compaction or an allocation fails (__alloc_pages_direct_reclaim(), mm/page_alloc.c).
+        unlisted: pages that the lists of one processor take until they are full (nr_pcp_high(), mm/page_alloc.c).
+        frames: first frame, and the frame behind the last one.
     """
 
     blocks: tuple[int, ...]
     kept: int
-    movable: int | None
-    used: int = 0
     listed: int = 0
+    unlisted: int = 0
+    frames: tuple[int, int] = (0, 0)
 
     @property
     def spare(self) -> int:
-        """Free pages beyond what is kept."""
+        """Free pages beyond what is kept, without those in lists of processors."""
         return max(0, _pages(self.blocks) - self.kept)
 
 
@@ -76,44 +77,63 @@ class FreeMemory:
 
     @property
     def spare(self) -> int:
-        """Free pages beyond what the kernel keeps."""
+        """Free pages beyond what the kernel keeps, without those in lists of processors."""
         return sum(zone.spare for zone in self.zones)
 
     @property
-    def known_types(self) -> bool:
-        """Whether the place of movable memory is known."""
-        return any(zone.movable is not None for zone in self.zones)
+    def listed(self) -> int:
+        """Free pages in lists of processors."""
+        return sum(zone.listed for zone in self.zones)
 
-    def packed(self, sure: int = 0) -> float:
-        """Return the share of the memory of programs that lies in page blocks of movable memory.
-
-        Args:
-            sure: pages that certainly lie there, and do not count.
-        """
-        used, listed = (sum(getattr(zone, name) for zone in self.zones) - sure for name in ("used", "listed"))
-        return min(1.0, max(0.0, used / listed)) if listed > 0 else 1.0
+    @property
+    def unlisted(self) -> int:
+        """Pages that a process can free into the lists of its processor until they are full."""
+        return sum(zone.unlisted for zone in self.zones)
 
     def folios(self, order: int) -> int:
         """Return the number of free folios of `order`, in zones that have one beyond what is kept."""
         return sum(_folios(zone.blocks, order) for zone in self.zones if zone.spare >> order)
 
-    def compactable(self, order: int) -> int:
-        """Return the free pages that compaction can make folios of `order` of.
-
-        A zone is compacted only if it has two such folios free beyond what is kept (compact_gap(),
-        include/linux/compaction.h).
-        """
-        return sum(zone.movable or 0 for zone in self.zones if zone.spare >= 2 << order)
-
     def plus(self, pages: int) -> FreeMemory:
-        """Return the free memory after programs free some more single pages."""
-        # Their zone is unknown, and most likely the one with most of such memory.
-        most = max(self.zones, key=lambda zone: zone.used, default=None)
-        more = [
-            replace(zone, kept=zone.kept - pages, movable=(zone.movable or 0) + pages) if zone is most else zone
-            for zone in self.zones
-        ]
-        return FreeMemory(tuple(more))
+        """Return the free memory after programs give some more single pages back."""
+        # Their zone is unknown, and most likely the largest.
+        most = max(self.zones, key=lambda zone: zone.frames[1] - zone.frames[0], default=None)
+        return FreeMemory(tuple(replace(zone, kept=zone.kept - pages) if zone is most else zone for zone in self.zones))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBlocks:
+    """The memory of a machine, or a sample of it, in aligned blocks, ascending.
+
+    Attributes:
+        order: of the blocks.
+        numbers: int64, shape (blocks,): first frame >> order.
+        zone: int8, shape (blocks,): index in :attr:`FreeMemory.zones`.
+        free, movable: int64, shape (blocks,): pages that are free, and pages that compaction moves.
+        unknown: int64, shape (blocks,): pages in lists of processors, or in use by the kernel: which is not visible.
+        weight: blocks of the machine that each stands for.
+
+    The other pages of a block stay.
+    """
+
+    order: int
+    numbers: NDArray[np.int64]
+    zone: NDArray[np.int8]
+    free: NDArray[np.int64]
+    movable: NDArray[np.int64]
+    unknown: NDArray[np.int64]
+    weight: int = 1
+
+    def free_in(self, numbers: NDArray[np.int64], order: int) -> NDArray[np.int64]:
+        """Return the free pages in blocks of `order`: int64, shape (numbers,); 0 in blocks outside a sample.
+
+        Args:
+            numbers: first frame >> order of each.
+        """
+        sums = np.append(np.cumsum(self.free) - self.free, self.free.sum())
+        first, end = (np.searchsorted(self.numbers, (numbers + at) << order - self.order) for at in (0, 1))
+        free: NDArray[np.int64] = sums[end] - sums[first]
+        return free
 
 
 def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
@@ -126,78 +146,62 @@ def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
     return tuple(FreeBlocks(node, tuple(blocks)) for node, blocks in sorted(nodes.items()))
 
 
-def parse_free_memory(buddyinfo: str, zoneinfo: str, pagetypeinfo: str = "") -> FreeMemory:
-    """Return the free memory in these texts.
-
-    Args:
-        buddyinfo, zoneinfo, pagetypeinfo: texts of the files of ``/proc``; the last is empty if it cannot be read.
-    """
+def parse_free_memory(buddyinfo: str, zoneinfo: str) -> FreeMemory:
+    """Return the free memory in these texts of the files of ``/proc``."""
     details = dict(_zone_details(zoneinfo))
-    types = dict(_types(pagetypeinfo))
-    zones = []
-    for name, blocks in _free_blocks(buddyinfo).items():
-        kept, listed = details.get(name, (0, 0))
-        movable, used = None, 0
-        if name in types:
-            pages, elsewhere = types[name]
-            movable = max(0, _pages(blocks) - elsewhere)
-            used = max(0, pages - movable)
-        zones.append(FreeZone(tuple(blocks), kept, movable, used, listed))
-    return FreeMemory(tuple(zones))
+    unknown = FreeZone((), 0)
+    return FreeMemory(
+        tuple(
+            replace(details.get(name, unknown), blocks=tuple(blocks))
+            for name, blocks in _free_blocks(buddyinfo).items()
+        )
+    )
 
 
 _Zone = tuple[int, str]
 """Number of the zone's node, and name of the zone."""
 
-_ZONE = re.compile(r"Node\s+(\d+), zone\s+(\w+)(?:, type\s+(\w+))?\s*((?:>?\d+\s*)*)")
+_ZONE = re.compile(r"Node\s+(\d+), zone\s+(\w+)\s*((?:\d+\s*)*)")
 
 
 def _free_blocks(text: str) -> dict[_Zone, list[int]]:
     # Node 0, zone   Normal      1   2578 ...
-    return {(node, zone): counts for node, zone, _, counts in _rows(text) if counts}
+    matches = (_ZONE.fullmatch(line.strip()) for line in text.splitlines())
+    return {
+        (int(match[1]), match[2]): [int(word) for word in match[3].split()] for match in matches if match and match[3]
+    }
 
 
-def _rows(text: str) -> Iterator[tuple[int, str, str, list[int]]]:
-    """Yield node, zone, migrate type and numbers of each line of a zone."""
-    for line in text.splitlines():
-        if match := _ZONE.fullmatch(line.strip()):
-            # The kernel stops counting a list of a type at 100 000 blocks, and prints ">100000".
-            numbers = [int(word.lstrip(">")) for word in match[4].split()]
-            yield int(match[1]), match[2], match[3] or "", numbers
-
-
-def _zone_details(text: str) -> Iterator[tuple[_Zone, tuple[int, int]]]:
-    """Yield for each zone the pages that it keeps free, and its pages on the LRU lists."""
+def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
+    """Yield each zone, without its free blocks."""
     for part in re.split(r"(?m)^(?=Node)", text):
         head = _ZONE.match(part)
-        # The first "min" and the "protection" are of the zone. Further down are those of its lists for processors.
-        least, protection = re.search(r"\bmin\s+(\d+)", part), re.search(r"protection: \(([^)]*)\)", part)
+        # The first "min" is that of the zone.
+        least = re.search(r"\bmin\s+(\d+)", part)
         if head is None or least is None:
             continue
+        protection = re.search(r"protection: \(([^)]*)\)", part)
         reserve = max(map(int, re.findall(r"\d+", protection[1])), default=0) if protection else 0
-        lists = re.findall(r"nr_zone_(?:in)?active_(?:anon|file)\s+(\d+)|nr_zone_unevictable\s+(\d+)", part)
-        on_lists = sum(int(either or other) for either, other in lists)
-        yield (int(head[1]), head[2]), (int(least[1]) + reserve, on_lists)
-
-
-def _types(text: str) -> Iterator[tuple[_Zone, tuple[int, int]]]:
-    """Yield for each zone the pages of its movable page blocks, and the free pages of the other types.
-
-    Movable lists are the long ones, which the kernel does not count to their end (pagetypeinfo_showfree_print(),
-    mm/vmstat.c).
-    """
-    order = re.search(r"Page block order:\s*(\d+)", text)
-    free_text, _, blocks_text = text.partition("Number of blocks type")
-    names, _, counts_text = blocks_text.partition("\n")
-    if order is None or "Movable" not in names.split():
-        return
-    column = names.split().index("Movable")
-    elsewhere: Counter[_Zone] = Counter()
-    for node, zone, kind, counts in _rows(free_text):
-        elsewhere[node, zone] += _pages(counts) if kind != "Movable" else 0
-    for node, zone, _, counts in _rows(counts_text):
-        if len(counts) > column:
-            yield (node, zone), (counts[column] << int(order[1]), elsewhere[node, zone])
+        boost, start, spanned = (
+            int(found[1]) if (found := re.search(rf"\b{name}\s+(\d+)", part)) else 0
+            for name in ("boost", "start_pfn:", "spanned")
+        )
+        counts, full, full_older = (
+            [int(number) for number in re.findall(rf"\b{name}:\s+(\d+)", part)]
+            for name in ("count", "high_min", "high")
+        )
+        # The boost after a fallback passes as soon as kswapd has run (boost_watermark(), mm/page_alloc.c).
+        yield (
+            (int(head[1]), head[2]),
+            FreeZone(
+                (),
+                int(least[1]) - boost + reserve,
+                sum(counts),
+                # Linux 6.7 and later let the length float above high_min.
+                max([0, *(most - count for count, most in zip(counts, full or full_older, strict=False))]),
+                (start, start + spanned),
+            ),
+        )
 
 
 def _pages(blocks: Sequence[int]) -> int:

@@ -71,6 +71,9 @@ def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[B
 
 
 def _has_free(space: AddressSpace, order: int, size: int) -> bool:
-    free = abilities.free_bytes(space, order)
+    free = abilities.free_memory(space)
+    if free is None:
+        return False
+    geometry, bounds = space.geometry, [bound.left for bound in abilities.memory_bounds(space)]
     # A failed charge also makes the fault fall back to small pages (alloc_anon_folio(), mm/memory.c).
-    return free is not None and min([free, *(bound.left for bound in abilities.memory_bounds(space))]) > size
+    return min([free.folios(order) * geometry.size_of(order), free.spare * geometry.page_size, *bounds]) > size

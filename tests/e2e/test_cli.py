@@ -237,7 +237,6 @@ def nobodys() -> Iterator[Actor]:
         yield actor
 
 
-@pytest.mark.slow
 @thp
 def test_without_rights_an_own_process_can_be_seen(nobodys: Actor, thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
@@ -253,7 +252,6 @@ def test_without_rights_an_own_process_can_be_seen(nobodys: Actor, thp_switches:
     assert any("CAP_SYS_ADMIN" in missing for missing in plan["missing"])
 
 
-@pytest.mark.slow
 @thp
 def test_without_rights_an_own_process_cannot_be_collapsed(nobodys: Actor, thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
@@ -268,7 +266,6 @@ def test_without_rights_an_own_process_cannot_be_collapsed(nobodys: Actor, thp_s
     assert "CAP_SYS_NICE" in answer["error"]["help"]
 
 
-@pytest.mark.slow
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("command", ["inspect", "plan", "collapse"])
 def test_without_rights_other_processes_cannot_be_seen(actor: Actor, command: str) -> None:

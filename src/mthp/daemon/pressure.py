@@ -14,14 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from mthp.daemon.eagerness import Shortage
+from mthp.engine.packing import Packing
 from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-from mthp.linux.headroom import free_beyond_reserve, free_memory, parse_meminfo
+from mthp.linux.headroom import free_memory, parse_meminfo
+from mthp.linux.memoryblocks import memory_blocks
 from mthp.pacing import Backoff, Clock
 
 ASK_SECONDS = 0.5
 """Least seconds between two reads of the machine's pressure and its free memory."""
+
+REACH_FRAMES = 1 << 21
+"""Frames of which is read what they hold, 8 GiB on x86-64, which takes 0.2 seconds."""
 
 REACH_SECONDS = 60.0
 """What is in reach on the machine is found out no more often than that."""
@@ -123,7 +128,8 @@ class FreeFolios:
 
         If the machine has such folios free, the reason lies in the target, and other targets need not wait.
         """
-        if not free_beyond_reserve(order, self._path):
+        free = free_memory(self._path.parent)
+        if free is None or not free.folios(order):
             self._refused[order].failed(self._clock(), FIRST_RETRY_SECONDS, max(alloc_sleep, ASK_SECONDS))
 
     def given(self, order: int) -> None:
@@ -141,7 +147,7 @@ class FreeFolios:
 class MachineReach:
     """How much of the machine's anonymous memory could lie in PMD folios: read once a minute, and only if it is wanted.
 
-    Reading /proc/pagetypeinfo goes through the free lists of the machine (pagetypeinfo_showfree(), mm/vmstat.c).
+    Of more than `REACH_FRAMES` frames a sample is read.
     """
 
     def __init__(self, pmd_order: int, proc: Path = Path("/proc"), clock: Clock = time.monotonic) -> None:
@@ -168,10 +174,14 @@ class MachineReach:
             return {}
         size = os.sysconf("SC_PAGESIZE") << self._order
         count = max(0, anonymous - huge) // size
-        pages = np.full(count, 1 << self._order, np.int64)
-        nothing = np.zeros(count, np.int64)
-        steps = Steps(np.full(count, self._order, np.int8), pages, nothing, nothing)
-        ways = {"now": Supply(free)} | ({"after_compaction": Supply(free, compacted=True)} if free.known_types else {})
+        steps = Steps(np.full(count, self._order, np.int8), np.zeros(count, np.int64), np.zeros(count, np.int64))
+        ways = {"now": Supply(free)}
+        flags = str(self._proc / "kpageflags")
+        if blocks := memory_blocks(free, self._order, self._order, most=REACH_FRAMES, path=flags):
+            # Pages of programs lie in all blocks with movable pages alike.
+            share = (count << self._order) / max(1, int(blocks.movable.sum()) * blocks.weight)
+            own = {self._order: np.minimum(share, 1.0) * blocks.movable}
+            ways["after_compaction"] = Supply(free, packing=Packing(free, blocks, own))
         made = {way: int(reachable(steps, supply)[0].sum()) for way, supply in ways.items()}
         return {way: (huge + number * size) / max(1, anonymous) for way, number in made.items()}
 

@@ -1,12 +1,10 @@
 """Predict how much of a plan the memory of a machine allows: at this moment, after compaction, and after a trim.
 
 A collapse takes a free block of its folio's order, and the base pages that it copied become free afterwards. These do
-not move: they make a larger block only if they fill it completely, or after compaction moves the pages between them. A
-split takes a block of the PMD order for each PMD range, one after the other.
+not move: they make a larger block only if they fill it completely, or after compaction moves the pages between them
+(:mod:`mthp.engine.packing`). A split takes a block of the PMD order for each PMD range, one after the other.
 
-Compaction empties page blocks of the migrate type Movable into other such blocks, so the free memory in these bounds
-what it can make (suitable_migration_target(), mm/compaction.c). Pinned pages, and the kernel's own pages in such
-blocks, do not move, and are not known here. Reclaim, which a collapse makes as well, is not counted.
+Pinned pages do not move, and are not known here. Reclaim, which a collapse makes as well, is not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.engine.packing import Bounds, Packing
 from mthp.freememory import FreeMemory
 from mthp.ptes import ColumnTable
 
@@ -37,15 +36,13 @@ class Steps(ColumnTable):
 
     Attributes:
         order: int8, order of the free block that a step takes.
-        released: int64, pages of the target that become free in page blocks of movable memory.
         holes: int64, pages of the block that become free.
         filled: int64, pages by which the target grows.
     """
 
-    DTYPES = (np.int8, np.int64, np.int64, np.int64)
+    DTYPES = (np.int8, np.int64, np.int64)
 
     order: NDArray[np.int8]
-    released: NDArray[np.int64]
     holes: NDArray[np.int64]
     filled: NDArray[np.int64]
 
@@ -57,14 +54,20 @@ class Supply:
     Attributes:
         free: free memory of the machine.
         room: pages by which the target may grow, the old pages and the new folio together; None without a bound.
-        compacted: whether memory is compacted when no free block is left.
+        packing: the machine's memory, which is compacted when no free block is left; None without compaction. It
+            changes with every step.
+        hidden: pages that stay in lists of processors after they were freed, where no allocation at this moment finds
+            them. Compaction drains the lists.
+        room_of_machine: whether `room` is that of MemAvailable, which does not count hidden pages.
         merged: by order, the aligned blocks of that order that become completely free once a step, and all before it,
             are done: int64, shape (steps,).
     """
 
     free: FreeMemory
     room: int | None = None
-    compacted: bool = False
+    packing: Packing | None = None
+    hidden: int = 0
+    room_of_machine: bool = False
     merged: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
 
@@ -79,7 +82,17 @@ def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int
     for order in dict.fromkeys(steps.order.tolist()):
         rows = np.flatnonzero(steps.order == order)
         stops = _stops(steps, supply, done, rows, order)
-        count = int(np.argmin(stops == 0)) if stops.any() else len(rows)
+        count = _count(stops)
+        if supply.packing is not None and count:
+            # Compaction begins only with another folio's worth of free memory (compact_gap(), mm/internal.h).
+            compacted = _count(_stops(steps, supply, done, rows, order, gap=1))
+            freed, holes = (1 << order) - steps.filled[rows] - steps.holes[rows], float(steps.holes[rows].mean())
+            at_once = _at_once(supply, 1 << order)
+            made = supply.packing.make(order, freed, Bounds(count, compacted, at_once), holes)
+            if made < count:
+                count = made
+                limit = Limit.KEPT if made >= compacted else Limit.ROOM if made == at_once else Limit.FOLIOS
+                stops[made] = _LIMITS.index(limit)
         done[rows[:count]] = True
         limits[order] = Limit.NOTHING if count == len(rows) else _LIMITS[int(stops[count])]
     return done, limits
@@ -87,37 +100,56 @@ def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int
 
 _LIMITS = tuple(Limit)
 
+_UNBOUNDED = 1 << 62
+
 
 def _stops(
-    steps: Steps, supply: Supply, done: NDArray[np.bool_], rows: NDArray[np.intp], order: int
+    steps: Steps, supply: Supply, done: NDArray[np.bool_], rows: NDArray[np.intp], order: int, gap: int = 0
 ) -> NDArray[np.int8]:
     """Return what stops each step of one order if all before it were done: int8, shape (rows,), index in `_LIMITS`.
 
     Args:
         done: bool, shape (steps,): steps of earlier orders that were done.
+        gap: folios that must be free beside the one that a step takes.
     """
     free, size, before = supply.free, 1 << order, steps[done]
     run = steps[rows]
     # Each sum is of the steps before a step.
     grown = int(before.filled.sum()) + _sums(run.filled)
-    spare = free.spare - grown
-    merged = supply.merged.get(order, np.zeros(len(steps), np.int64))
-    taken = int((np.int64(1) << np.maximum(before.order.astype(np.int64) - order, 0)).sum())
-    blocks = free.folios(order) - taken + int(merged[done].sum()) + _sums(merged[rows] - 1)
-    stops = np.where(blocks < 1, np.int8(_LIMITS.index(Limit.FOLIOS)), np.int8(0))
-    if supply.compacted:
-        left = free.compactable(order) - _lost(before).sum() - _sums(_lost(run))
-        stops[(left >= size) & (spare >= 2 * size)] = 0
-    stops[spare < size] = _LIMITS.index(Limit.KEPT)
+    spare = free.spare - grown + (free.listed if supply.packing else 0)
+    stops, hidden = np.zeros(len(rows), np.int8), np.zeros(len(rows), np.int64)
+    if supply.packing is None:
+        freed = int(_freed(before).sum()) + _sums(_freed(run))
+        hidden = np.minimum(freed, supply.hidden)
+        merged = supply.merged.get(order, np.zeros(len(steps), np.int64))
+        # The oldest pages leave the lists first.
+        flushed = np.searchsorted(freed, freed - supply.hidden, side="right") - 1
+        taken = int((np.int64(1) << np.maximum(before.order.astype(np.int64) - order, 0)).sum())
+        blocks = free.folios(order) - taken - np.arange(len(rows)) + int(merged[done].sum())
+        blocks += np.append(0, np.cumsum(merged[rows]))[np.maximum(flushed, 0)]
+        stops[blocks < 1] = _LIMITS.index(Limit.FOLIOS)
+    stops[spare - hidden < size << gap] = _LIMITS.index(Limit.KEPT)
     if supply.room is not None:
-        stops[supply.room - grown < size] = _LIMITS.index(Limit.ROOM)
+        stops[supply.room - grown - (hidden if supply.room_of_machine else 0) < size] = _LIMITS.index(Limit.ROOM)
     return stops
 
 
-def _lost(steps: Steps) -> NDArray[np.int64]:
-    """Return the free pages that each step takes from page blocks of movable memory: int64, shape (steps,)."""
-    lost: NDArray[np.int64] = (np.int64(1) << steps.order.astype(np.int64)) - steps.holes - steps.released
-    return lost
+def _at_once(supply: Supply, size: int) -> int:
+    """Return the folios of `size` pages that can be made until lists of processors must be drained."""
+    if supply.room is None or not supply.room_of_machine or supply.room - size >= supply.hidden:
+        return _UNBOUNDED
+    return max(0, supply.room // size)
+
+
+def _freed(steps: Steps) -> NDArray[np.int64]:
+    """Return the pages that each step frees: int64, shape (steps,)."""
+    freed: NDArray[np.int64] = (np.int64(1) << steps.order.astype(np.int64)) - steps.filled
+    return freed
+
+
+def _count(stops: NDArray[np.int8]) -> int:
+    """Return the number of steps before the first that is stopped."""
+    return int(np.argmax(stops != 0)) if stops.any() else len(stops)
 
 
 def _sums(values: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,17 +9,18 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.abilities import free_memory
+from mthp.abilities import free_memory, memory_blocks
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.engine.admission import room_of
 from mthp.engine.allowed import made_by, mechanisms_of
+from mthp.engine.packing import Packing, Trimmed
 from mthp.engine.reach import Limit, Steps, Supply, reachable
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import resident_in
 from mthp.engine.trim import TrimOptions, TrimPlan, plan_trim
 from mthp.errors import NotPermittedError, UnsupportedError
-from mthp.freememory import FreeMemory
+from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.means import Means
 from mthp.measuring import BLOCK_PAGES, measure
 from mthp.metrics import Coverage, anonymous_pages, page_numbers
@@ -33,7 +34,7 @@ MOST_FRAMES = 1 << 24
 """Pages of a plan up to which their frames are looked up, 64 GiB on x86-64. It takes some 50 bytes for each; in larger
 plans the blocks that come free as a whole are left out, so what is predicted is less than what is reached."""
 
-NO_TYPES = "not known: /proc/pagetypeinfo cannot be read, run it as root"
+NO_BLOCKS = "not known: /proc/kpageflags cannot be read, run it as root"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +94,18 @@ def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progr
             f"{space.label}: the free memory of its machine cannot be seen", help="use a running process"
         )
     reaching = _Reaching(space, plan, means)
-    now = reaching.reached(free, compacted=False)
-    # Without migrate types it is unknown which free and used pages compaction could move.
-    if not free.known_types:
-        return Reach(now, Reached.unknown(NO_TYPES), Reached.unknown(NO_TYPES))
-    compacted = reaching.reached(free, compacted=True)
+    blocks = memory_blocks(space, free, reaching.smallest_order)
+    now = reaching.reached(free, blocks, compacted=False)
+    if blocks is None:
+        return Reach(now, Reached.unknown(NO_BLOCKS), Reached.unknown(NO_BLOCKS))
+    compacted = reaching.reached(free, blocks)
     try:
         trim = plan_trim(space, TrimOptions(), progress)
     except (UnsupportedError, NotPermittedError) as error:
         return Reach(now, compacted, Reached.unknown(f"not known: {error.message}"))
     if trim.by is None:
-        return Reach(now, compacted, Reached.unknown("folios cannot be trimmed here: run mthp doctor"))
-    return Reach(now, compacted, reaching.reached(free, compacted=True, trim=_beside(trim, plan)))
+        return Reach(now, compacted, Reached.unknown("folios cannot be trimmed here: mthp doctor says what it takes"))
+    return Reach(now, compacted, reaching.reached(free, blocks, trim=_beside(trim, plan)))
 
 
 class _Reaching:
@@ -117,27 +118,31 @@ class _Reaching:
         self._frames: _Frames | None = None
         self._measured: dict[bytes, Coverage] = {}
 
-    def reached(self, free: FreeMemory, *, compacted: bool, trim: TrimPlan | None = None) -> Reached:
-        """Return the part that is reached with this free memory, or after a trim of large folios."""
+    @property
+    def smallest_order(self) -> int:
+        """Smallest order of the free blocks that the plan takes, up to the PMD order."""
+        return min(int(self._work.steps.order.min(initial=self._geometry.pmd_order)), self._geometry.pmd_order)
+
+    def reached(
+        self, free: FreeMemory, blocks: MemoryBlocks | None, *, compacted: bool = True, trim: TrimPlan | None = None
+    ) -> Reached:
+        """Return the part that is reached.
+
+        Args:
+            free: the machine's free memory.
+            blocks: its memory in blocks of `smallest_order`; None if unknown.
+            compacted: whether it is compacted, which takes `blocks`.
+            trim: large folios that are trimmed before.
+        """
         page_size = self._geometry.page_size
         given_back = 0 if trim is None else sum(trim.gains)
         room = None if self._room.spare is None else self._room.spare // page_size + given_back
-        free = free.plus(given_back)
-        supply = Supply(free, room, compacted)
-        steps = self._work.steps
-        if self._frames is None:
-            done, limits = reachable(steps, supply)
-            if set(limits.values()) - {Limit.NOTHING}:
-                # Frames are read only if the result depends on them.
-                self._frames = _frames(self._space, self._work)
-        if self._frames is not None:
-            sure = self._frames.sure
-            # Pages of huge folios do not lie in other page blocks either.
-            share = free.packed(int(sure.sum()) + self._plan.before.pages[self._plan.geometry.pmd_order])
-            others = np.rint(np.cumsum(share * np.maximum(steps.released - sure, 0))).astype(np.int64)
-            # Rounded as a running sum, so that many small steps do not each lose their fraction.
-            released = sure + np.diff(others, prepend=0)
-            done, limits = reachable(replace(steps, released=released), replace(supply, merged=self._frames.merged))
+        supply = Supply(free.plus(given_back), room, hidden=free.unlisted, room_of_machine=self._room.of_machine)
+        done, limits = reachable(self._work.steps, supply)
+        if set(limits.values()) - {Limit.NOTHING}:
+            # Frames are read only if the result depends on them.
+            supply = self._with_frames(supply, free, blocks, compacted, trim)
+            done, limits = reachable(self._work.steps, supply)
         chosen = done[self._work.step_of]
         coverage = self._coverage(chosen)
         if trim is not None:
@@ -148,6 +153,17 @@ class _Reaching:
             replace(self._plan, folios=self._plan.folios[chosen]).folios_by_order,
             self._sentence(limits, supply),
         )
+
+    def _with_frames(
+        self, supply: Supply, free: FreeMemory, blocks: MemoryBlocks | None, compacted: bool, trim: TrimPlan | None
+    ) -> Supply:
+        """Return `supply` with what follows from the frames of the target."""
+        if self._frames is None:
+            self._frames = _frames(self._space, self._work)
+        if blocks is None or not compacted:
+            return replace(supply, merged=self._frames.merged(self._work.steps, blocks))
+        trimmed = None if trim is None else _trimmed(self._space, trim, blocks)
+        return replace(supply, packing=Packing(free, blocks, self._frames.own(self._work.steps, blocks), trimmed))
 
     def _coverage(self, chosen: NDArray[np.bool_]) -> Coverage:
         """Return the coverage after the chosen folios are made: bool, shape (folios,)."""
@@ -170,7 +186,7 @@ class _Reaching:
             if limit is Limit.KEPT:
                 spare = format_size(supply.free.spare * self._geometry.page_size)
                 return f"{spare} are free above the kernel's own reserve (min_free_kbytes)"
-            if limit is Limit.FOLIOS and supply.compacted:
+            if limit is Limit.FOLIOS and supply.packing:
                 return f"no {label} of movable memory is free, even after compaction"
             if limit is Limit.FOLIOS:
                 return f"no free folio of {label} is left"
@@ -236,7 +252,7 @@ def _work_of(space: AddressSpace, plan: SpacePlan, means: Means) -> _Work:
     pages = np.int64(1) << taken[first]
     contents = np.where(split[first], resident_in(plan, begins[first]), pages - filled)
     holes = np.maximum(pages - contents - filled, 0)
-    return _Work(Steps(taken[first].astype(np.int8), contents, holes, filled), step_of, begins[first], pages)
+    return _Work(Steps(taken[first].astype(np.int8), holes, filled), step_of, begins[first], pages)
 
 
 @dataclass(frozen=True)
@@ -244,24 +260,45 @@ class _Frames:
     """The frames of the steps' memory.
 
     Attributes:
-        merged: by order, the blocks that become completely free with each step: int64, shape (steps,).
-        sure: int64, shape (steps,): pages in page blocks that contain only pages of steps, so that all are movable.
+        frame, step: int64 and intp, shape (frames,): frames, and the step that frees each.
     """
 
-    merged: dict[int, NDArray[np.int64]]
-    sure: NDArray[np.int64]
+    frame: NDArray[np.int64]
+    step: NDArray[np.intp]
+
+    def merged(self, steps: Steps, blocks: MemoryBlocks | None) -> dict[int, NDArray[np.int64]]:
+        """Return by order the blocks that become completely free with each step: int64, shape (steps,).
+
+        Args:
+            blocks: the machine's memory; None if unknown, then only blocks that lie in frames of steps are counted.
+        """
+        merged = {}
+        for order in np.unique(steps.order).tolist():
+            ids, number, frames = np.unique(self.frame >> order, return_inverse=True, return_counts=True)
+            whole = frames + (0 if blocks is None else blocks.free_in(ids, order)) == 1 << order
+            last = np.zeros(len(ids), np.int64)
+            np.maximum.at(last, number, self.step)
+            merged[order] = np.bincount(last[whole], minlength=len(steps))
+        return merged
+
+    def own(self, steps: Steps, blocks: MemoryBlocks) -> dict[int, NDArray[np.float64]]:
+        """Return by order of the steps the pages that they free in each of `blocks`."""
+        return {
+            order: _in_blocks(self.frame[steps.order[self.step] == order], blocks).astype(np.float64)
+            for order in np.unique(steps.order).tolist()
+        }
 
 
 def _frames(space: AddressSpace, work: _Work) -> _Frames:
-    """Return the present frames of some steps; all counts are 0 if frames cannot be read."""
-    page_size, pmd_order = space.geometry.page_size, space.geometry.pmd_order
+    """Return the present frames of some steps; none if frames cannot be read."""
+    page_size = space.geometry.page_size
     by_address = np.argsort(work.begins)
     begins, pages = work.begins[by_address], work.pages[by_address]
     segments = [
         (start, start + count * page_size) for start, count in zip(begins.tolist(), pages.tolist(), strict=True)
     ]
     firsts = (begins // np.uint64(page_size)).astype(np.int64)
-    frames, at = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    frames, at = [np.empty(0, np.int64)], [np.empty(0, np.intp)]
     if pages.sum() > MOST_FRAMES:
         segments = []
     for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
@@ -272,23 +309,24 @@ def _frames(space: AddressSpace, work: _Work) -> _Frames:
         frames.append(columns.pfn[own].astype(np.int64))
         rows = np.searchsorted(firsts, page_numbers(columns, page_size, np.flatnonzero(own)), side="right") - 1
         at.append(by_address[rows])
-    frame, step = np.concatenate(frames), np.concatenate(at)
-    merged = {}
-    for order in {*np.unique(work.steps.order).tolist(), pmd_order}:
-        number, whole = _whole_blocks(frame >> order, order)
-        last = np.zeros(len(whole), np.int64)
-        np.maximum.at(last, number, step)
-        merged[order] = np.bincount(last[whole], minlength=len(begins))
-        if order == pmd_order:
-            sure = np.bincount(step[whole[number]], minlength=len(begins))
-    return _Frames(merged, sure)
+    return _Frames(np.concatenate(frames), np.concatenate(at))
 
 
-def _whole_blocks(blocks: NDArray[np.int64], order: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Return the number of the block of each frame, and which blocks are complete.
+def _trimmed(space: AddressSpace, trim: TrimPlan, blocks: MemoryBlocks) -> Trimmed:
+    """Return the pages of the folios of `trim` in each of `blocks`."""
+    page_size = space.geometry.page_size
+    chosen = sorted((address, order, gain) for (address, order), gain in zip(trim.folios, trim.gains, strict=True))
+    pfn = space.read([(address, address + page_size) for address, _, _ in chosen]).pfn
+    pages = gains = np.zeros(len(blocks.numbers), np.int64)
+    for head, (_, order, gain) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
+        pages = pages + _in_blocks(np.arange(head, head + (1 << order)), blocks)
+        gains = gains + _in_blocks(np.arange(head, head + gain), blocks)
+    return Trimmed(pages, gains)
 
-    Args:
-        blocks: int64, shape (frames,): the block that each frame lies in.
-    """
-    _, number, frames = np.unique(blocks, return_inverse=True, return_counts=True)
-    return number, frames == 1 << order
+
+def _in_blocks(frames: NDArray[np.int64], blocks: MemoryBlocks) -> NDArray[np.int64]:
+    """Return the number of `frames` in each of `blocks`: int64, shape (blocks,)."""
+    numbers = frames >> blocks.order
+    at = np.minimum(np.searchsorted(blocks.numbers, numbers), len(blocks.numbers) - 1)
+    found = blocks.numbers[at] == numbers
+    return np.bincount(at[found], minlength=len(blocks.numbers))

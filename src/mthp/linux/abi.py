@@ -46,6 +46,8 @@ PAGEMAP_SCAN = 0xC0606610
 
 # --- /proc/kpageflags: include/uapi/linux/kernel-page-flags.h --------------------------------------------------------
 
+KPF_LRU = 1 << 5
+KPF_BUDDY = 1 << 10
 KPF_ANON = 1 << 12
 KPF_SWAPBACKED = 1 << 14
 KPF_COMPOUND_HEAD = 1 << 15
@@ -53,6 +55,7 @@ KPF_COMPOUND_TAIL = 1 << 16
 KPF_HUGE = 1 << 17
 KPF_NOPAGE = 1 << 20
 KPF_KSM = 1 << 21
+KPF_THP = 1 << 22
 KPF_ZERO_PAGE = 1 << 24
 
 # --- /proc/PID/stat: include/linux/sched.h ---------------------------------------------------------------------------

@@ -7,42 +7,18 @@ reclaims memory, and kills a process of it if that does not help (try_charge_mem
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mthp.budget import MACHINE, MemoryBound
-from mthp.freememory import FreeMemory, parse_buddyinfo, parse_free_memory
+from mthp.freememory import FreeMemory, parse_free_memory
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 
 
-def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
-    """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
-
-    Returns:
-        None if it is not visible.
-    """
-    try:
-        nodes = parse_buddyinfo(buddyinfo.read_text())
-        reserve = int(Path("/proc/sys/vm/min_free_kbytes").read_text()) << 10
-    except (OSError, ValueError):
-        return None
-    if not nodes:
-        return None
-    free = sum(node.folios(order) for node in nodes) * (os.sysconf("SC_PAGESIZE") << order)
-    # A zone may refuse below its high watermark, by default at most 1.5 times min_free_kbytes (__setup_per_zone_wmarks,
-    # mm/page_alloc.c).
-    return max(0, free - reserve * 3 // 2)
-
-
 def free_memory(proc: Path = Path("/proc")) -> FreeMemory | None:
-    """Return the free memory of the machine; None if it cannot be seen.
-
-    Reading /proc/pagetypeinfo takes root, and milliseconds: it goes through the free lists (pagetypeinfo_showfree(),
-    mm/vmstat.c).
-    """
-    texts = [_text(proc / name) for name in ("buddyinfo", "zoneinfo", "pagetypeinfo")]
-    return parse_free_memory(*texts) if texts[0] and texts[1] else None
+    """Return the free memory of the machine; None if it cannot be seen."""
+    buddyinfo, zoneinfo = (_text(proc / name) for name in ("buddyinfo", "zoneinfo"))
+    return parse_free_memory(buddyinfo, zoneinfo) if buddyinfo and zoneinfo else None
 
 
 def parse_meminfo(text: str, field: str) -> int | None:

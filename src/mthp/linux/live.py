@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mthp.abilities import Reading, Watch
 from mthp.budget import MemoryBound
 from mthp.errors import MthpError, NotPermittedError
-from mthp.freememory import FreeMemory
+from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.geometry import Geometry
 from mthp.heat import Heat, HeatRequest
 from mthp.linux import abi, procfs
@@ -26,9 +26,10 @@ from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
 from mthp.linux.facts import FactsReader
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
-from mthp.linux.headroom import free_beyond_reserve, free_memory, memory_bounds
+from mthp.linux.headroom import free_memory, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
+from mthp.linux.memoryblocks import memory_blocks
 from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
 from mthp.linux.pins import pinned_by
 from mthp.linux.process import Process, ProcStat
@@ -139,11 +140,11 @@ class LiveAddressSpace(ProcessSpace):
         nodes = procfs.read_numa(self.process, self._geometry.page_size)
         return [replace(vma, node_pages=nodes.get(vma.start, ())) for vma in vmas]
 
-    def free_bytes(self, order: int) -> int | None:
-        return free_beyond_reserve(order)
-
     def free_memory(self) -> FreeMemory | None:
         return free_memory()
+
+    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
+        return memory_blocks(free, order, self._geometry.pmd_order)
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
         # Imported here: DAMON uses the switch journal, which reading alone does not need.

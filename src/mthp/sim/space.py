@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError
-from mthp.freememory import FreeMemory, parse_free_memory
+from mthp.freememory import FreeMemory, MemoryBlocks, parse_free_memory
 from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
+from mthp.sim.allocation.compact import memory_blocks
 from mthp.sim.collapse.inplace import divide, trim_folio
 from mthp.sim.collapse.move import move_block
 from mthp.sim.collapse.scan import CollapseControl, SimRange
 from mthp.sim.mm import Mm, Pmd
 from mthp.sim.page_tables.columns import columns_of, tables_in
 from mthp.sim.parts import Parts
-from mthp.sim.zones import buddyinfo, pagetypeinfo, zoneinfo
+from mthp.sim.zones import buddyinfo, zoneinfo
 from mthp.splitchecks import Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome
@@ -106,7 +107,10 @@ class SimSpace(AddressSpace):
 
     def free_memory(self) -> FreeMemory:
         """The machine's, from the files that it prints."""
-        return parse_free_memory(buddyinfo(self._parts), zoneinfo(self._parts), pagetypeinfo(self._parts))
+        return parse_free_memory(buddyinfo(self._parts), zoneinfo(self._parts))
+
+    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks:
+        return memory_blocks(self._parts, order)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         """Return the parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""

@@ -63,8 +63,10 @@ def _zoneinfo(parts: Parts, zone: Zone) -> str:
         f"        min      {marks.min}\n"
         f"        low      {marks.low}\n"
         f"        high     {marks.high}\n"
+        f"        spanned  {zone.frames}\n"
         f"        managed  {zone.frames}\n"
         f"        protection: (0, {zone.reserve})\n"
+        f"  start_pfn:           {zone.start}\n"
         f"      nr_zone_inactive_anon {int(anon.sum())}\n"
         f"      nr_zone_inactive_file {int(file.sum())}\n"
     )

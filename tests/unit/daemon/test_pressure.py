@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fakes import FakeClock
@@ -12,6 +13,7 @@ from mthp.daemon.eagerness import (
     Shortage,
 )
 from mthp.daemon.pressure import ASK_SECONDS, REACH_SECONDS, FreeFolios, MachineReach, MemoryPressure, measured
+from mthp.linux.abi import KPF_ANON, KPF_BUDDY, KPF_LRU
 
 
 def test_it_rests_under_pressure_until_that_has_eased_well(tmp_path: Path) -> None:
@@ -67,12 +69,12 @@ def test_a_refused_order_rests_twice_as_long_each_time_up_to_alloc_sleep(tmp_pat
 
 def test_a_refusal_is_the_machines_fault_only_if_it_has_no_such_folio(tmp_path: Path) -> None:
     clock, file = FakeClock(), tmp_path / "buddyinfo"
-    # 16 TiB in blocks of order 10: more than any reserve.
-    file.write_text(buddyinfo(*[0] * 10, 1 << 22))
+    file.write_text(buddyinfo(*[0] * 10, 1))
+    (tmp_path / "zoneinfo").write_text("Node 0, zone   Normal\n        min      1000\n")
     free = FreeFolios(file, clock)
     free.refused(4, alloc_sleep=6.0)
     assert free.exhausted() == []
-    file.write_text(buddyinfo(1000, 0, 0, 0, 1))
+    file.write_text(buddyinfo(984, 0, 0, 0, 1))
     free.refused(4, alloc_sleep=6.0)
     assert free.exhausted() == [4]
 
@@ -85,16 +87,18 @@ def test_what_the_machine_could_have_huge_is_read_once_a_minute(tmp_path: Path) 
     huge = page << 9
     (tmp_path / "meminfo").write_text(f"AnonPages: {10 * huge >> 10} kB\nAnonHugePages: {2 * huge >> 10} kB\n")
     (tmp_path / "buddyinfo").write_text(buddyinfo(1024, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1))
-    (tmp_path / "zoneinfo").write_text("Node 0, zone   Normal\n  pages free 2560\n        min      9\n")
+    (tmp_path / "zoneinfo").write_text(
+        f"Node 0, zone   Normal\n        min      9\n        spanned  {20 * 512}\n  start_pfn: 0\n"
+    )
     assert reach.shares() == {}
     clock.now += REACH_SECONDS
     # Two huge already, and three free folios.
     assert reach.shares() == {"now": 0.5}
-    (tmp_path / "pagetypeinfo").write_text(
-        "Page block order: 9\n\nFree pages count per migrate type at order 0\n"
-        "Node    0, zone   Normal, type      Movable   1024 0 0 0 0 0 0 0 0 1 1\n\n"
-        "Number of blocks type      Movable\nNode 0, zone   Normal           20\n"
-    )
+    # Three folios are free, half of four blocks, and pages of programs fill the others.
+    free, used = np.uint64(KPF_BUDDY), np.uint64(KPF_LRU | KPF_ANON)
+    words = np.full((20, 512), used)
+    words[:3], words[3:7, ::2] = free, free
+    (tmp_path / "kpageflags").write_bytes(words.tobytes())
     clock.now += REACH_SECONDS
     assert reach.shares() == {"now": 0.5, "after_compaction": 1.0}
     (tmp_path / "meminfo").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.cli import main
 from mthp.cli.render.plan import reach_table
+from mthp.engine.packing import Packing
 from mthp.engine.planning import plan_space
 from mthp.engine.reach import Limit, Steps, Supply, reachable
-from mthp.engine.reached import NO_TYPES, reach_of
+from mthp.engine.reached import NO_BLOCKS, reach_of
 from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError
-from mthp.freememory import FreeMemory, FreeZone, parse_free_memory
+from mthp.freememory import FreeMemory, FreeZone, MemoryBlocks, parse_free_memory
 from mthp.linux.headroom import free_memory
 from mthp.means import Means
 from mthp.ptes import Pte
@@ -39,51 +41,38 @@ Node 0, zone      DMA
               high_min: 6
 Node 0, zone   Normal
   pages free     30
-        boost    0
-        min      5
-        low      6
-      nr_zone_inactive_anon 20
-      nr_zone_active_anon 10
-      nr_zone_inactive_file 1
-      nr_zone_active_file 2
-      nr_zone_unevictable 3
+        boost    2
+        min      7
+        low      8
+        spanned  64
         protection: (0, 0, 0, 0)
-"""
-PAGETYPEINFO = """\
-Page block order: 3
-Pages per block:  8
-
-Free pages count per migrate type at order       0      1      2      3
-Node    0, zone      DMA, type    Unmovable      0      0      1      0
-Node    0, zone      DMA, type      Movable      0      0      0      0
-Node    0, zone   Normal, type    Unmovable      0      0      0      0
-Node    0, zone   Normal, type      Movable     >5      3      0      2
-
-Number of blocks type     Unmovable      Movable      Isolate
-Node 0, zone      DMA            1            0            0
-Node 0, zone   Normal            2            6            0
+  pagesets
+    cpu: 0
+              count:    7
+              high:     40
+              high_min: 12
+    cpu: 1
+              count:    2
+              high:     4
+              high_min: 4
+  start_pfn:           64
 """
 
 
 def test_the_texts_of_linux_are_read_zone_by_zone() -> None:
-    dma, normal = parse_free_memory(BUDDYINFO, ZONEINFO, PAGETYPEINFO).zones
+    dma, normal = parse_free_memory(BUDDYINFO, ZONEINFO).zones
     assert (dma.kept, dma.spare) == (100, 0)
-    assert normal == FreeZone((8, 3, 0, 2), 5, movable=30, used=18, listed=36)
+    assert normal == FreeZone((8, 3, 0, 2), 5, listed=9, unlisted=5, frames=(64, 128))
     free = FreeMemory((dma, normal))
-    assert free.known_types
     assert [free.folios(order) for order in (1, 2, 3)] == [11, 4, 2]
-    assert free.packed() == 0.5
-    assert free.packed(sure=6) == 0.4
+    assert (free.listed, free.unlisted) == (9, 5)
     assert free.plus(4).spare == free.spare + 4
-    assert not parse_free_memory(BUDDYINFO, ZONEINFO).known_types
 
 
 @pytest.mark.parametrize("noise", ["Node", "Node 0, zone   Normal a b", "Node 0, zone   Normal, type", "\0"])
 def test_lines_that_are_none_of_these_are_passed_over(noise: str) -> None:
-    texts = [f"{noise}\n{text}{noise}\n" for text in (BUDDYINFO, ZONEINFO, PAGETYPEINFO)]
-    assert parse_free_memory(*texts) == parse_free_memory(BUDDYINFO, ZONEINFO, PAGETYPEINFO)
-    cut = PAGETYPEINFO.replace("            2            6            0", "            2")
-    assert parse_free_memory(BUDDYINFO, ZONEINFO, cut).zones[1].movable is None
+    texts = [f"{noise}\n{text}{noise}\n" for text in (BUDDYINFO, ZONEINFO)]
+    assert parse_free_memory(*texts) == parse_free_memory(BUDDYINFO, ZONEINFO)
 
 
 @pytest.mark.parametrize("missing", ["buddyinfo", "zoneinfo"])
@@ -93,14 +82,13 @@ def test_where_the_kernel_shows_nothing_nothing_is_known(tmp_path: Path, missing
     assert free_memory(tmp_path) is None
 
 
-def steps(order: int, count: int, *, filled: int = 0, released: int | None = None) -> Steps:
-    pages = (1 << order) - filled if released is None else released
-    columns = (np.full(count, number, np.int64) for number in (pages, 0, filled))
+def steps(order: int, count: int, *, filled: int = 0) -> Steps:
+    columns = (np.full(count, number, np.int64) for number in (0, filled))
     return Steps(np.full(count, order, np.int8), *columns)
 
 
-def free(*blocks: int, kept: int = 0, movable: int | None = None) -> FreeMemory:
-    return FreeMemory((FreeZone(blocks, kept, movable),))
+def free(*blocks: int, kept: int = 0) -> FreeMemory:
+    return FreeMemory((FreeZone(blocks, kept),))
 
 
 def made(work: Steps, supply: Supply) -> tuple[int, set[Limit]]:
@@ -117,14 +105,63 @@ def test_each_step_takes_a_block_and_leaves_small_pages() -> None:
     assert made(work, Supply(free(90, 0, 0, 2), merged=merged)) == (3, {Limit.FOLIOS})
 
 
+def packing(memory: FreeMemory, *counts: tuple[int, int], own: Sequence[int] = (), weight: int = 1) -> Packing:
+    """Blocks of 8 pages, each with a number of free and of movable pages; the others stay."""
+    columns = np.array(counts, np.int64)
+    numbers, zeros = np.arange(len(counts)), np.zeros(len(counts), np.int64)
+    blocks = MemoryBlocks(3, numbers, zeros.astype(np.int8), columns[:, 0], columns[:, 1], zeros, weight)
+    return Packing(memory, blocks, {3: np.array(own or zeros, np.float64)})
+
+
+def compacted(work: Steps, memory: FreeMemory, packed: Packing, room: int | None = None) -> tuple[int, set[Limit]]:
+    return made(work, Supply(memory, room, packed, hidden=20, room_of_machine=True))
+
+
 def test_compaction_makes_blocks_of_what_is_free_where_memory_moves() -> None:
-    work = steps(3, 5)
-    assert made(work, Supply(free(90, movable=8), compacted=True)) == (5, {Limit.NOTHING})
-    assert made(work, Supply(free(90, movable=7), compacted=True)) == (0, {Limit.FOLIOS})
-    elsewhere = steps(3, 5, released=0)
-    assert made(elsewhere, Supply(free(90, movable=30), compacted=True)) == (3, {Limit.FOLIOS})
+    work, memory = steps(3, 5), free(90, kept=-90)
+    assert compacted(work, memory, packing(memory, *[(4, 4)] * 2)) == (1, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *[(2, 6)] * 4)) == (1, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *[(2, 6)] * 3)) == (0, {Limit.FOLIOS})
+    # The pages that folios free become free folios again.
+    assert compacted(work, memory, packing(memory, *[(2, 6)] * 9, own=[6, 6, 6, 6, 6, 6, 2, 1, 1])) == (
+        5,
+        {Limit.NOTHING},
+    )
     # It needs two blocks' worth of free memory (compact_gap).
-    assert made(work, Supply(free(15, movable=15), compacted=True)) == (0, {Limit.FOLIOS})
+    short = free(15)
+    assert compacted(work, short, packing(short, *[(4, 4)] * 3)) == (0, {Limit.KEPT})
+
+
+def test_a_page_that_stays_keeps_its_block_from_becoming_a_folio() -> None:
+    work, memory = steps(3, 5), free(90, kept=-90)
+    # The scanners meet after two blocks, in which a page stays.
+    assert compacted(work, memory, packing(memory, *[(4, 3)] * 4)) == (0, {Limit.FOLIOS})
+    # Free pages above the meeting point are of use, and those below it are lost.
+    assert compacted(work, memory, packing(memory, (4, 4), (4, 4), *[(4, 3)] * 2)) == (2, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *[(4, 3)] * 2, (4, 4), (4, 4))) == (0, {Limit.FOLIOS})
+    # Pages are not moved to blocks of the kernel alone.
+    assert compacted(work, memory, packing(memory, (4, 4), (4, 4), (4, 0), (4, 0))) == (1, {Limit.FOLIOS})
+
+
+def test_a_sample_stands_for_the_memory_of_the_machine() -> None:
+    work, memory = steps(3, 50), free(900, kept=-900)
+    assert compacted(work, memory, packing(memory, *[(4, 4)] * 4, weight=10)) == (20, {Limit.FOLIOS})
+
+
+def test_pages_in_lists_of_processors_are_out_of_sight_until_compaction() -> None:
+    work, plenty = steps(3, 5), free(0, 0, 0, 9)
+    assert made(work, Supply(plenty, room=28, hidden=21, room_of_machine=True)) == (3, {Limit.ROOM})
+    assert made(work, Supply(plenty, room=28, hidden=20, room_of_machine=True)) == (5, {Limit.NOTHING})
+    assert made(work, Supply(free(0, 0, 0, 5), hidden=20)) == (5, {Limit.NOTHING})
+    assert made(work, Supply(plenty, room=28, hidden=21)) == (5, {Limit.NOTHING})
+    # A block that became free is of use only when its pages have left the list, which those freed next push out.
+    merged = {3: np.array([1, 1, 1, 1, 1])}
+    assert made(work, Supply(free(90, 0, 0, 1), merged=merged)) == (5, {Limit.NOTHING})
+    assert made(work, Supply(free(90, 0, 0, 1), merged=merged, hidden=8)) == (1, {Limit.FOLIOS})
+    assert made(work, Supply(free(90, 0, 0, 2), merged=merged, hidden=8)) == (5, {Limit.NOTHING})
+    full = [(8, 0)] * 9
+    assert compacted(work, plenty, packing(plenty, *full), room=24) == (3, {Limit.ROOM})
+    assert compacted(work, plenty, packing(plenty, *full), room=28) == (5, {Limit.NOTHING})
 
 
 def test_what_is_kept_and_the_room_of_the_cgroup_limit_as_it_grows() -> None:
@@ -146,14 +183,17 @@ def test_smaller_orders_come_of_what_larger_ones_leave() -> None:
 class OnMachine(FakeSpace):
     """Two PMD ranges on a machine with some free memory."""
 
-    def __init__(self, free: FreeMemory | None) -> None:
+    def __init__(self, free: FreeMemory | None, blocks: MemoryBlocks | None = None) -> None:
         pages = 2 * 512
         vma = Vma(BASE, BASE + pages * 4096, "rw-p", "", flags=frozenset({"hg"}))
         super().__init__([(vma, *page_runs((pages, Pte.PRESENT, 0)))])
-        self._free = free
+        self._free, self._blocks = free, blocks
 
     def free_memory(self) -> FreeMemory | None:
         return self._free
+
+    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
+        return self._blocks
 
 
 def test_a_backend_without_free_memory_says_so() -> None:
@@ -169,8 +209,9 @@ def test_what_cannot_be_known_has_its_reason() -> None:
     reach = reach_of(space, plan, Means(max_bloat=None))
     assert (reach.now.coverage, reach.now.size) == (0.5, 2 << 20)
     assert reach.now.limit == "no free folio of 2M is left"
-    assert (reach.compacted.coverage, reach.compacted.limit) == (None, NO_TYPES)
-    known = OnMachine(free(*[0] * 9, 1, movable=512))
+    assert (reach.compacted.coverage, reach.compacted.limit) == (None, NO_BLOCKS)
+    one = np.array([512])
+    known = OnMachine(space.free_memory(), MemoryBlocks(9, one * 0, np.zeros(1, np.int8), one, one * 0, one * 0))
     trimmed = reach_of(known, plan, Means()).trimmed
     assert trimmed.coverage is None
     assert "no contents" in trimmed.limit

@@ -12,6 +12,7 @@ from mthp.blockstates import SMALLER_FOLIOS
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
+from mthp.freememory import FreeMemory, FreeZone, MemoryBlocks
 from mthp.geometry import X86_64
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns
@@ -29,8 +30,11 @@ class Unadvised(FakeSpace):
 
     free: int | None = PLENTY
 
-    def free_bytes(self, order: int) -> int | None:
-        return self.free
+    def free_memory(self) -> FreeMemory | None:
+        return None if self.free is None else FreeMemory((FreeZone((0, 0, 0, 0, self.free >> 16), 0),))
+
+    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
+        return None
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         outcomes = []
@@ -44,7 +48,7 @@ class Unadvised(FakeSpace):
 
 
 def space_of(*advised: bool, free: int | None = PLENTY) -> Unadvised:
-    """Return a mapping of 4 MiB of base pages for each of `advised`."""
+    """A mapping of 4 MiB of base pages for each of `advised`."""
     size = 2 * X86_64.pmd_size
     space = Unadvised(
         (

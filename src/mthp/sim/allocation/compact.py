@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.freememory import MemoryBlocks
 from mthp.sim.frames.buddy import Compaction, Zone
 from mthp.sim.frames.memory import Fl
 from mthp.sim.page_tables.mappings import mappings_of
@@ -112,6 +113,23 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
         | (memory.order[heads] >= order)
     )
     return used, fixed
+
+
+def memory_blocks(parts: Parts, order: int) -> MemoryBlocks:
+    """Return the machine's memory in blocks of `order`.
+
+    Nothing moves in a page block of the PMD order with a page that stays: compaction skips it here.
+    """
+    zones, pmd_order = parts.memory.zones, parts.geometry.pmd_order
+    columns = []
+    for number, zone in enumerate(zones):
+        used, fixed = _used_and_fixed(parts, zone.start, zone.end, pmd_order)
+        fixed |= used & np.repeat(fixed.reshape(-1, 1 << pmd_order).any(axis=1), 1 << pmd_order)
+        first = np.arange(zone.start >> order, zone.end >> order)
+        counts = (bits.reshape(-1, 1 << order).sum(axis=1) for bits in (~used, used & ~fixed))
+        columns.append((first, np.full(len(first), number, np.int8), *counts))
+    numbers, zone_of, free, movable = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    return MemoryBlocks(order, numbers, zone_of, free, movable, np.zeros(len(numbers), np.int64))
 
 
 def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
