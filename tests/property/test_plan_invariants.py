@@ -31,11 +31,7 @@ def collapsed_runs(plan: Plan) -> list[tuple[int, int, int]]:
     return list(zip(*(column[chosen].tolist() for column in columns), strict=True))
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_runs_are_aligned_disjoint_and_inside(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def runs_are_aligned_disjoint_and_inside(plan: Plan, problem: Problem) -> None:
     size = problem.ranges[0].size
     taken = np.zeros((len(problem.ranges), size), dtype=int)
     for index, offset, order in collapsed_runs(plan):
@@ -48,11 +44,7 @@ def test_runs_are_aligned_disjoint_and_inside(policy: str, problem: Problem) -> 
     assert taken.max() <= 1
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_copied_and_filled_pages_make_up_the_runs(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def copied_and_filled_pages_make_up_the_runs(plan: Plan, problem: Problem) -> None:
     for index, one in enumerate(problem.ranges):
         runs = [(offset, order) for where, offset, order in collapsed_runs(plan) if where == index]
         inside = [i for offset, order in runs for i in range(offset, offset + (1 << order))]
@@ -61,11 +53,7 @@ def test_copied_and_filled_pages_make_up_the_runs(policy: str, problem: Problem)
         assert plan.copied[index] == len(inside) - filled
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_orders_agree_with_the_attempts(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def orders_agree_with_the_attempts(plan: Plan, problem: Problem) -> None:
     expected = np.array(
         [
             [one.folio_order[i] if one.is_page(i) else 0 if one.zero[i] else -1 for i in range(one.size)]
@@ -78,34 +66,22 @@ def test_orders_agree_with_the_attempts(policy: str, problem: Problem) -> None:
     assert np.array_equal(plan.orders, expected)
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_only_a_range_that_succeeds_is_changed(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def only_a_range_that_succeeds_is_changed(plan: Plan, problem: Problem) -> None:
     changed = {index for index, _, _ in collapsed_runs(plan)}
     assert changed == {index for index, result in enumerate(plan.scan_result) if result == ScanResult.SUCCEED}
     for index, one in enumerate(problem.ranges):
         if one.pmd_mapped or not any(one.is_page(i) or one.swap[i] for i in range(one.size)):
             assert index not in changed
-        if policy != "per-order" and any(one.uffd[i] and one.has_contents(i) for i in range(one.size)):
+        if plan.policy != "per-order" and any(one.uffd[i] and one.has_contents(i) for i in range(one.size)):
             assert index not in changed
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_a_range_armed_with_userfaultfd_is_never_filled(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def a_range_armed_with_userfaultfd_is_never_filled(plan: Plan, problem: Problem) -> None:
     armed = np.array([one.uffd_armed for one in problem.ranges])
     assert not plan.filled[armed].any()
 
 
-@POLICIES
-@given(problem=problems(SIZES))
-@settings(max_examples=examples(40))
-def test_an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one(policy: str, problem: Problem) -> None:
-    plan = planned(problem, policy)
+def an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one(plan: Plan, problem: Problem) -> None:
     for index, offset, order in collapsed_runs(plan):
         one = problem.ranges[index]
         if order < one.pmd_order:
@@ -113,13 +89,30 @@ def test_an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one(policy: s
             assert all(one.folio_order[i] < order for i in run if one.is_page(i))
 
 
+def attempts_are_listed_by_range_and_never_go_back(plan: Plan, problem: Problem) -> None:
+    attempts = plan.attempts
+    places = list(zip(attempts.range.tolist(), attempts.offset.tolist(), (-attempts.order).tolist(), strict=True))
+    assert places == sorted(set(places))
+
+
+INVARIANTS = [
+    runs_are_aligned_disjoint_and_inside,
+    copied_and_filled_pages_make_up_the_runs,
+    orders_agree_with_the_attempts,
+    only_a_range_that_succeeds_is_changed,
+    a_range_armed_with_userfaultfd_is_never_filled,
+    an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one,
+    attempts_are_listed_by_range_and_never_go_back,
+]
+
+
 @POLICIES
 @given(problem=problems(SIZES))
 @settings(max_examples=examples(40))
-def test_attempts_are_listed_by_range_and_never_go_back(policy: str, problem: Problem) -> None:
-    attempts = planned(problem, policy).attempts
-    places = list(zip(attempts.range.tolist(), attempts.offset.tolist(), (-attempts.order).tolist(), strict=True))
-    assert places == sorted(set(places))
+def test_every_plan_holds_together(policy: str, problem: Problem) -> None:
+    plan = planned(problem, policy)
+    for invariant in INVARIANTS:
+        invariant(plan, problem)
 
 
 @POLICIES
