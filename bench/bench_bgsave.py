@@ -55,7 +55,7 @@ class Server:
 
     @property
     def saving(self) -> bool:
-        """Whether a child saves the data."""
+        """Return whether a child saves the data."""
         return "rdb_bgsave_in_progress:1" in self.call("info", "persistence")
 
     def load(self, requests: int) -> subprocess.Popen[str]:

@@ -85,7 +85,7 @@ def sampled(pages: NDArray[np.int64]) -> Heat:
 
 
 def collapsed(there: NDArray[np.bool_], heat: Heat | None) -> tuple[Synthetic, CollapseReport]:
-    """The memory after a collapse within the budget."""
+    """Return the memory after a collapse within the budget."""
     space = Collapsible(there.copy(), label="tenth hot")
     options = PlanOptions(policy="pmd-only", trigger="madvise", heat=heat)
     return space, collapse_space(space, options, Means("madvise", max_bloat=None, max_copied=BUDGET))

@@ -55,7 +55,7 @@ def chosen(text: str) -> str:
 
 
 def khugepaged() -> int:
-    """The PID of the kernel's thread."""
+    """Return the PID of the kernel's thread."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def kernel_rate() -> float:
 
 
 def simulated_rate() -> float:
-    """The same of the simulated one: the median of some rounds."""
+    """Return the same of the simulated one: the median of some rounds."""
     n, page, start = X86_64.ptes_per_pmd, X86_64.page_size, X86_64.pmd_size
     machine = Machine(
         node_frames=[SIZE // page + 8 * n],

@@ -201,7 +201,7 @@ def pauses_of(threads: int) -> list[Pause]:
 
 
 def floor_ns(threads: int) -> int:
-    """The same ptrace requests made by a loop in C: median over as many rounds, in nanoseconds."""
+    """Return the same ptrace requests made by a loop in C: median over as many rounds, in nanoseconds."""
     library = compiled("ptrace_floor.c")
     library.ptrace_floor.restype = ctypes.c_long
     return int(library.ptrace_floor(threads, PAUSES))

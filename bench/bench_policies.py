@@ -42,7 +42,7 @@ def strewn(density: float) -> NDArray[np.bool_]:
 
 
 def half_strewn(density: float) -> NDArray[np.bool_]:
-    """The first half of every PMD range nearly full (19 of 20 pages), the other as :func:`strewn`."""
+    """Return the first half of every PMD range nearly full (19 of 20 pages), the other as :func:`strewn`."""
     there = strewn(density).reshape(RANGES, N)
     there[:, : N // 2] = strewn(0.95).reshape(RANGES, N)[:, : N // 2]
     return there.ravel()

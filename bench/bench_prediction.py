@@ -80,7 +80,7 @@ class Result:
 
     @property
     def worst(self) -> float:
-        """The largest error, in percentage points."""
+        """Return the largest error, in percentage points."""
         return 100 * max(abs(predicted - measured) for predicted, measured in (self.coverage, self.large, self.bloat))
 
 

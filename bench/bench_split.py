@@ -197,7 +197,7 @@ class Trims:
 
     @property
     def looking(self) -> float:
-        """The share of the time that looking took."""
+        """Return the share of the time that looking took."""
         return self._looking_ns / self._ns
 
 

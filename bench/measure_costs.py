@@ -280,7 +280,7 @@ def compaction(known: Measured, size: int = 1 << 30) -> Measured:
 
 
 def measured() -> tuple[Measured, dict[str, str]]:
-    """All that can be measured, and why the rest cannot."""
+    """Return all that can be measured, and why the rest cannot."""
     found: Measured = {}
     missing: dict[str, str] = {}
     parts: list[Callable[[], Measured]] = [

@@ -166,7 +166,7 @@ def _postgres_tools() -> list[Path]:
 
 
 def _session(postmaster: int) -> int:
-    """The server process of pgbench's session: the one that has the most memory of its own."""
+    """Return the server process of pgbench's session: the one that has the most memory of its own."""
     children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
     return max(map(int, children), key=lambda pid: memory_of(pid).anonymous)
 
@@ -284,7 +284,7 @@ class Memory:
 
     @property
     def coverage(self) -> float:
-        """The share of the anonymous memory that PMD entries map."""
+        """Return the share of the anonymous memory that PMD entries map."""
         return self.huge / self.anonymous
 
 
@@ -307,6 +307,6 @@ _NEEDS = {"redis": "redis-server", "postgres": "postgres", "jvm": "java", "sqlit
 
 
 def lacking(name: str) -> str:
-    """The program that `name` needs and that is not installed; ``""`` if it is."""
+    """Return the program that `name` needs and that is not installed; ``""`` if it is."""
     needed = _NEEDS[name]
     return "" if shutil.which(needed) or (_postgres_tools() and needed == "postgres") else needed

@@ -51,7 +51,7 @@ class Unforgetting(PerOrder):
 
 
 def raw_cases(policy: str, kind: str) -> list[dict[str, Any]]:
-    """The cases recorded of a series, khugepaged's alone."""
+    """Return the cases recorded of a series, khugepaged's alone."""
     path = GOLDEN / f"linux-6.12.117-{RECORDED[policy]}-{kind}.jsonl.gz"
     return [case for case in map(parse_case, case_lines(path)) if case["trigger"] == "khugepaged"]
 
@@ -70,7 +70,7 @@ def common(kind: str) -> list[dict[str, dict[str, Any]]]:
 
 
 def recorded(case: dict[str, Any]) -> list[Orders]:
-    """The orders before, and after each pass."""
+    """Return the orders before, and after each pass."""
     known = case_of(case)
     return [initial(known), *(expanded(one.orders) for one in known.passes)]
 
@@ -81,7 +81,7 @@ def initial(case: Case) -> Orders:
 
 
 def simulated(case: dict[str, Any], policy: str | Policy, passes: int = 3) -> list[Orders]:
-    """The same of the simulated machine under another policy."""
+    """Return the same of the simulated machine under another policy."""
     known = case_of(case)
     stage = Stage(known, policy, NEWEST)
     orders = [stage.observe().orders]
@@ -92,7 +92,7 @@ def simulated(case: dict[str, Any], policy: str | Policy, passes: int = 3) -> li
 
 
 def of_policy(cases: dict[str, dict[str, Any]], policy: str | Policy) -> list[Orders]:
-    """The orders before and after each pass, recorded if they were."""
+    """Return the orders before and after each pass, recorded if they were."""
     if isinstance(policy, str) and policy in cases:
         return recorded(cases[policy])
     return simulated(cases["rfc"], policy)
@@ -110,7 +110,7 @@ def large(orders: Orders, before: Orders) -> int:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage."""
+    """Return a percentage."""
     return f"{part / whole:.1%}" if whole else "-"
 
 
@@ -156,7 +156,7 @@ def refused() -> None:
 
 
 def made(case: dict[str, Any]) -> bool:
-    """Whether the first pass collapsed anything."""
+    """Return whether the first pass collapsed anything."""
     return any(event[:1] + event[2:3] == ["collapse", "succeeded"] for event in case["passes"][0]["events"])
 
 

@@ -49,7 +49,7 @@ class RunningDaemon:
 
     @property
     def socket(self) -> Path:
-        """The path of its socket."""
+        """Return the path of its socket."""
         return self._directory / SOCKET_NAME
 
     @property
@@ -86,5 +86,5 @@ class RunningDaemon:
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an event log."""
+    """Return the whole lines of an event log."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]

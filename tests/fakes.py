@@ -183,7 +183,7 @@ class FakeSpace(AddressSpace):
         return ScanResult.SUCCEED
 
     def _read_one(self, start: int, end: int) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
-        """A copy of the columns from `start` to `end`, none where no mapping is."""
+        """Return a copy of the columns from `start` to `end`, none where no mapping is."""
         page_size = self._geometry.page_size
         pages = (end - start) // page_size
         state, folio_order = np.zeros(pages, np.uint16), np.full(pages, ORDER_NONE, np.int8)

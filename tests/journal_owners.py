@@ -46,7 +46,7 @@ class Tunables:
         return watchers_of(self.root)
 
     def settled(self, values: dict[str, str] = BEFORE) -> bool:
-        """Whether everything is put back, and no process is left.
+        """Return whether everything is put back, and no process is left.
 
         A regular file is empty between O_TRUNC and the write, as no switch ever is: that is put right here.
         """

@@ -74,7 +74,7 @@ def compiled(name: str) -> Path:
 
 
 def compilation(compiler: str, name: str, program: Path) -> list[str]:
-    """The command that compiles one of `SOURCES`; ``NAME.so`` is the library of ``NAME.c``."""
+    """Return the command that compiles one of `SOURCES`; ``NAME.so`` is the library of ``NAME.c``."""
     kind = ["-shared", "-fPIC"] if name.endswith(".so") else []
     source = SOURCES / f"{name.removesuffix('.so')}.c"
     return [compiler, "-O2", *kind, "-pthread", "-o", str(program), str(source)]
@@ -136,7 +136,7 @@ class Writers:
         return sum(self._at(first + index) for index in range(self.threads)) + self.get("other_errors")
 
     def progresses(self, seconds: float = PATIENCE) -> bool:
-        """Whether every thread gets on, before the process ends and within `seconds`."""
+        """Return whether every thread gets on, before the process ends and within `seconds`."""
         before = self.rounds()
 
         def got_on() -> bool:
@@ -275,7 +275,7 @@ class Waiters:
         self.base, self.size = self._at(2), self._at(3)
 
     def _all_wait(self) -> bool:
-        """Whether each thread sleeps in its system call."""
+        """Return whether each thread sleeps in its system call."""
         asleep = [state == "S" for state in threads_of(self.pid).values()]
         return sum(asleep) == len(asleep) == len(WAITERS) + 1 and not self.not_waiting()
 
@@ -283,13 +283,13 @@ class Waiters:
         return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
 
     def not_waiting(self) -> dict[str, int]:
-        """The calls that have returned, with 2 if as they had to, else minus errno."""
+        """Return the calls that have returned, with 2 if as they had to, else minus errno."""
         states = {name: self._at(4 + index) for index, name in enumerate(WAITERS)}
         errors = {name: self._at(36 + index) for index, name in enumerate(WAITERS)}
         return {name: 2 if state == 2 else -errors[name] for name, state in states.items() if state != 1}
 
     def interrupted(self) -> set[str]:
-        """The calls that have returned with EINTR."""
+        """Return the calls that have returned with EINTR."""
         return {name for name, result in self.not_waiting().items() if result == -errno.EINTR}
 
     def release(self) -> dict[str, int]:

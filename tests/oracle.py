@@ -55,7 +55,7 @@ class Range:
 
     @classmethod
     def of_pages(cls, present: list[int]) -> Range:
-        """A range of ordinary pages and none PTEs."""
+        """Return a range of ordinary pages and none PTEs."""
         no = [0] * len(present)
         return cls(
             present, zero=no, swap=no, shared=no, lazyfree=no, unreferenced=no, uffd=no, folio_order=no, guard=no
@@ -72,11 +72,11 @@ class Range:
         return self.size.bit_length() - 1
 
     def is_page(self, i: int) -> bool:
-        """Whether PTE `i` maps a page that is not the zero page."""
+        """Return whether PTE `i` maps a page that is not the zero page."""
         return bool(self.present[i]) and not self.zero[i]
 
     def has_contents(self, i: int) -> bool:
-        """Whether PTE `i` stands for something that a collapse would have to copy."""
+        """Return whether PTE `i` stands for something that a collapse would have to copy."""
         return self.is_page(i) or bool(self.swap[i])
 
 
@@ -250,7 +250,7 @@ def isolate(
 
 
 def scaled(range_: Range, rules: Rules, order: int) -> Limits:
-    """The limits of a run of `order`, each divided down from those of the PMD range (`per-order`)."""
+    """Return the limits of a run of `order`, each divided down from those of the PMD range (`per-order`)."""
     if not rules.khugepaged:
         return Limits(0 if range_.uffd_armed else range_.size, range_.size, range_.size)
     shift = range_.pmd_order - order
@@ -305,7 +305,7 @@ def per_order(range_: Range, rules: Rules) -> Walk:
 
 
 def rfc(range_: Range, rules: Rules) -> Walk:
-    """The seed: a bit per full chunk, a percentage of bits for each order."""
+    """Return the walk of the seed: a bit per full chunk, a percentage of bits for each order."""
     percent = (range_.size - rules.max_ptes_none - 1) * 100 // (range_.size - 1)
 
     def enough(offset: int, order: int) -> bool:
@@ -316,7 +316,7 @@ def rfc(range_: Range, rules: Rules) -> Walk:
 
 
 def rfc2(range_: Range, rules: Rules) -> Walk:
-    """The seed's second version: chunks may have none PTEs; swap and shared pages at the PMD order alone."""
+    """Return the walk of the seed's second version: chunks may have none PTEs; swap, shared at the PMD order only."""
     scaled_none = rules.max_ptes_none >> range_.pmd_order - rules.mthp_min_order
 
     def enough(offset: int, order: int) -> bool:
@@ -360,7 +360,7 @@ def _seed(range_: Range, rules: Rules, enough: Callable[[int, int], bool], *, sw
 
 
 def _chunk_bits(range_: Range, rules: Rules, offset: int, order: int, allowed_none: int) -> int:
-    """How many chunks of a run have a bit: few none PTEs, and the scan got past a page at the chunk's end."""
+    """Return how many chunks of a run have a bit: few none PTEs, and the scan got past a page at the chunk's end."""
     chunk = 1 << rules.mthp_min_order
     bits = 0
     for first in range(offset, offset + (1 << order), chunk):

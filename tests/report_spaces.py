@@ -26,7 +26,7 @@ HOSTILE = (
 
 
 def mixed(start: int, ranges: int, density: float, name: str = "", *, seed: int = 1) -> Mapping:
-    """An anonymous mapping with PMD ranges of different fullness, and folios of several orders."""
+    """Return an anonymous mapping with PMD ranges of different fullness, and folios of several orders."""
     rng = np.random.default_rng(seed)
     pages = ranges * 512
     state, order = np.zeros(pages, np.uint16), np.full(pages, ORDER_NONE, np.int8)
@@ -44,7 +44,7 @@ def mixed(start: int, ranges: int, density: float, name: str = "", *, seed: int 
 
 
 def redis_like() -> FakeSpace:
-    """A store of some hundred megabytes and a sparse arena."""
+    """Return a store of some hundred megabytes and a sparse arena."""
     return FakeSpace(
         [
             mixed(0x5555_5540_0000, 6, 0.7, "[heap]"),
@@ -57,7 +57,7 @@ def redis_like() -> FakeSpace:
 
 
 def hostile() -> FakeSpace:
-    """A process with hostile names."""
+    """Return a process with hostile names."""
     mappings = [mixed((at + 1) << 32, 2, 0.6, name) for at, name in enumerate(HOSTILE)]
     return FakeSpace(mappings, label=f"1 ({HOSTILE[0]}{HOSTILE[1]}{HOSTILE[2]})", kernel=HOSTILE[1])
 

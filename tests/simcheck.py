@@ -31,7 +31,7 @@ def check(machine: Machine) -> list[str]:
 
 
 def _heads(memory: Memory) -> NDArray[np.intp]:
-    """The heads of all folios, ascending: intp, shape (folios,)."""
+    """Return the heads of all folios, ascending: intp, shape (folios,)."""
     used = np.flatnonzero(memory.flags & Fl.ALLOCATED)
     heads: NDArray[np.intp] = used[memory.heads(used) == used]
     return heads
@@ -70,7 +70,7 @@ def _frames(memory: Memory) -> list[str]:
 
 
 def _mapped_pages(parts: Parts) -> dict[int, NDArray[np.int64]]:
-    """The frames that each address space maps, one per entry."""
+    """Return the frames that each address space maps, one per entry."""
     found = {}
     for number, mm in parts.mms.items():
         pages = [table.value[(table.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT] for table in mm.tables]

@@ -126,7 +126,7 @@ def pte_lists(draw: st.DrawFn, size: int) -> list[PteState]:
 
 @st.composite
 def ranges(draw: st.DrawFn, size: int) -> Range:
-    """One PMD range of `size` PTEs."""
+    """Return one PMD range of `size` PTEs."""
     ptes = draw(pte_lists(size))
     planes = {name: [int(getattr(pte, name)) for pte in ptes] for name in PLANES}
     rarely = st.sampled_from((False, False, False, True))
@@ -134,7 +134,7 @@ def ranges(draw: st.DrawFn, size: int) -> Range:
 
 
 def limits(size: int) -> st.SearchStrategy[int]:
-    """A limit of a PMD range of `size` PTEs, more often than not at an edge."""
+    """Return a limit of a PMD range of `size` PTEs, more often than not at an edge."""
     half = size // 2
     edges = [0, 1, 2, half // 2, half - 1, half, half + 1, size - 2, size - 1, size - 1]
     return st.one_of(st.sampled_from(edges), st.integers(0, size - 1))
@@ -171,7 +171,7 @@ class Problem:
     rules: Rules
 
     def arguments(self, *, omit_empty: bool = False) -> dict[str, Any]:
-        """The arguments of ``mthp.plan_ranges`` that pose this problem, all but the policy.
+        """Return the arguments of ``mthp.plan_ranges`` that pose this problem, all but the policy.
 
         Args:
             omit_empty: leave planes out that hold nothing but their default.
@@ -203,7 +203,7 @@ def problems(draw: st.DrawFn, sizes: tuple[int, ...], max_ranges: int = 4) -> Pr
 
 
 def planes_of(problem: Problem, index: int) -> Planes:
-    """The planes of one of a problem's ranges."""
+    """Return the planes of one of a problem's ranges."""
     arguments = problem.arguments()
     planes = {name: arguments[name][index : index + 1] for name in (*PLANES, *RANGE_FLAGS)}
     planes["folio_order"] = np.where(planes["folio_order"] == ORDER_NONE, 0, planes["folio_order"])
@@ -211,7 +211,7 @@ def planes_of(problem: Problem, index: int) -> Planes:
 
 
 def rules_of(problem: Problem) -> policy.Rules:
-    """A problem's rules, as the engine has them."""
+    """Return a problem's rules, as the engine has them."""
     geometry = geometry_for_ptes(problem.ranges[0].size)
     arguments = problem.arguments()
     limits = {name: arguments[name] for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")}

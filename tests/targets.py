@@ -104,7 +104,7 @@ class Puppet:
         self.tell("madvise", address, PMD_SIZE, MADV_FREE)
 
     def died_with_its_tracer(self) -> bool:
-        """Whether the kernel killed it, as it may when a mover is killed that was making system calls in it."""
+        """Return whether the kernel killed it, as it may when a mover is killed that was making system calls in it."""
         try:
             self.tell("read", 0, 0, 1)
         except (RuntimeError, BrokenPipeError):
@@ -136,7 +136,7 @@ class Puppet:
 
 
 def threads_of(pid: int) -> dict[int, str]:
-    """The threads of a process, and the state of each; one that ends just then is left out."""
+    """Return the threads of a process, and the state of each; one that ends just then is left out."""
     states = {}
     for tid in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -155,7 +155,7 @@ while True: pass
 
 
 def is_strict(pid: int) -> bool:
-    """Whether it is so by now."""
+    """Return whether the condition holds now."""
     return "\nSeccomp:\t1\n" in Path(f"/proc/{pid}/status").read_text()
 
 

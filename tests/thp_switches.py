@@ -15,7 +15,7 @@ THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def size_name(order: int) -> str:
-    """The size of folios of `order` as the kernel names its directory, such as ``"64kB"``."""
+    """Return the size of folios of `order` as the kernel names its directory, such as ``"64kB"``."""
     return f"{mmap.PAGESIZE << order >> 10}kB"
 
 

@@ -21,7 +21,7 @@ PATIENCE = 120.0 * FACTOR
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Whether `condition` comes true."""
+    """Return whether `condition` comes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -31,12 +31,12 @@ def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool
 
 
 def until(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
-    """Return once `condition` is true; `what` says in the error what was waited for."""
+    """Return once `condition` is true; the error names `what`."""
     assert wait_for(condition), f"waited in vain for {what if isinstance(what, str) else what()}"
 
 
 async def until_shown(pilot: Pilot[Any], condition: Callable[[], object]) -> None:
-    """Return once `condition` is true of the application that `pilot` drives."""
+    """Return once `condition` is true in the application that `pilot` drives."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

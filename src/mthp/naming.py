@@ -122,13 +122,16 @@ def comm_of(raw: bytes) -> str:
 
 
 def user_id(value: Any) -> int:
-    """Return the number of a user, given as a number or a name.
+    """Return the number of a user, given as a number, its digits, or a name.
 
     Raises:
         UsageError: no user has that name.
     """
     if not isinstance(value, str):
         return int(whole()(value))
+    if value.isascii() and value.isdecimal():
+        # Python does not convert numbers of thousands of digits. Without its leading zeros no user's has 20.
+        return int(value.lstrip("0")[:20] or 0)
     try:
         return pwd.getpwnam(value).pw_uid
     except (KeyError, ValueError):
@@ -261,7 +264,7 @@ def match_of(word: str) -> Match | None:
     if not colon or kind not in _KINDS:
         return None
     if kind == "user":
-        return Match(uid=(int(given[:20]) if given.isascii() and given.isdecimal() else user_id(given),))
+        return Match(uid=(user_id(given),))
     readers = {"comm": comm_pattern, "unit": unit_pattern, "cgroup": cgroup_pattern, "pod": pod_pattern}
     fields: dict[str, Any] = {kind: (readers.get(kind, pattern)(given),)}
     return Match(**fields)

@@ -119,11 +119,11 @@ class Actor(Puppet):
         self.tell("fill", address, pages, step)
 
     def damaged(self, address: int, pages: int, step: int = 1) -> int:
-        """How many of those pages do not hold the pattern."""
+        """Return how many of those pages do not hold the pattern."""
         return self.tell("damaged", address, pages, step)
 
     def unwritten(self, address: int, pages: int) -> int:
-        """How many of `pages` pages are all zeros."""
+        """Return how many of `pages` pages are all zeros."""
         return self.tell("unwritten", address, pages)
 
 
@@ -181,7 +181,7 @@ MTHP_AS_NOBODY = [sys.executable, "-c", _AS_NOBODY]
 
 
 def ancestors() -> list[int]:
-    """The PIDs of this process's parent, its parent, and so on, as far as they can be seen."""
+    """Return the PIDs of this process's parent, its parent, and so on, as far as they can be seen."""
     found, pid = [], os.getpid()
     while pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]):
         found.append(pid)

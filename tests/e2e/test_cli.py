@@ -237,6 +237,7 @@ def nobodys() -> Iterator[Actor]:
         yield actor
 
 
+@pytest.mark.slow
 @thp
 def test_without_rights_an_own_process_can_be_seen(nobodys: Actor, thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
@@ -252,6 +253,7 @@ def test_without_rights_an_own_process_can_be_seen(nobodys: Actor, thp_switches:
     assert any("CAP_SYS_ADMIN" in missing for missing in plan["missing"])
 
 
+@pytest.mark.slow
 @thp
 def test_without_rights_an_own_process_cannot_be_collapsed(nobodys: Actor, thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
@@ -266,6 +268,7 @@ def test_without_rights_an_own_process_cannot_be_collapsed(nobodys: Actor, thp_s
     assert "CAP_SYS_NICE" in answer["error"]["help"]
 
 
+@pytest.mark.slow
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("command", ["inspect", "plan", "collapse"])
 def test_without_rights_other_processes_cannot_be_seen(actor: Actor, command: str) -> None:

@@ -419,6 +419,7 @@ def test_control_characters_of_a_process_do_not_reach_the_terminal_in_errors(run
     assert "\x07" not in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.parametrize("command", TARGETED)
 def test_a_target_that_exits_meanwhile(command: str) -> None:

@@ -46,7 +46,7 @@ def run(
 
 
 def examined(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, dict[str, Any]]:
-    """The findings of a run with --json, by key."""
+    """Return the findings of a run with --json, by key."""
     assert (done.returncode, done.stderr) == (code, "")
     data = json.loads(done.stdout)
     assert data["schema"] == "mthp.doctor/1"
@@ -57,7 +57,7 @@ def examined(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str,
 
 
 def python_for_nobody() -> str:
-    """A Python of this version that a user without rights can start and that finds our packages."""
+    """Return a Python of this version that a user without rights can start and that finds our packages."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for python in (sys.executable, shutil.which(name, path="/usr/bin:/usr/local/bin")):
         if python is None:

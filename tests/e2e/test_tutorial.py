@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def typed() -> list[str]:
-    """The lines that a reader types, without their prompts."""
+    """Return the lines that a reader types, without their prompts."""
     return [line[2:] for block in BLOCK.findall(TUTORIAL.read_text()) for line in block.splitlines()]
 
 

@@ -28,7 +28,7 @@ SERIES = {"jain-rfc-2024-12": "per-order", "pache-rfc1-reconstructed": "rfc", "p
 
 
 def series_file(series: str, kind: str) -> str:
-    """The file of one series: `kind` is ``anon``, ``states`` or ``states-nowr``."""
+    """Return the file of one series: `kind` is ``anon``, ``states`` or ``states-nowr``."""
     return f"linux-6.12.117-{series}-{kind}.jsonl.gz"
 
 
@@ -66,12 +66,12 @@ class Case:
 
     @property
     def trigger(self) -> Trigger:
-        """The trigger of the collapse."""
+        """Return the trigger of the collapse."""
         return "madvise" if self.raw["trigger"] == "madvise" else "khugepaged"
 
     @property
     def orders(self) -> frozenset[int]:
-        """The enabled orders."""
+        """Return the enabled orders."""
         return frozenset(self.raw["orders_enabled"])
 
     @property
@@ -81,38 +81,38 @@ class Case:
 
     @property
     def uffd_armed(self) -> bool:
-        """Whether the VMA was registered with userfaultfd."""
+        """Return whether the VMA was registered with userfaultfd."""
         return any(flag.startswith("uffd_") for flag in self.raw.get("vma", ()))
 
     @property
     def droppable(self) -> bool:
-        """Whether the VMA was VM_DROPPABLE."""
+        """Return whether the VMA was VM_DROPPABLE."""
         return "droppable" in self.raw.get("vma", ())
 
     @property
     def before(self) -> list[str]:
-        """The state of each PTE."""
+        """Return the state of each PTE."""
         return list(_expanded(self.raw["before"]))
 
     @property
     def after(self) -> list[int]:
-        """The order of the folio at each PTE after the first pass; 0 for the zero page, else ``NOT_MAPPED``."""
+        """Return the order of the folio at each PTE after the first pass; 0 for the zero page, else ``NOT_MAPPED``."""
         words = (0 if word == "zero" else word for word in _expanded(self.raw["after"]))
         return [word if isinstance(word, int) else NOT_MAPPED for word in words]
 
     @property
     def scan_result(self) -> str:
-        """The trace event's word for the first pass; ``""`` if no scan took place."""
+        """Return the trace event's word for the first pass; ``""`` if no scan took place."""
         return str(self.raw["scan_result"] or "")
 
     @property
     def scanned(self) -> bool:
-        """Whether the first pass scanned the range at all."""
+        """Return whether the first pass scanned the range at all."""
         return self.raw["scan_result"] is not None
 
     @property
     def attempts(self) -> list[tuple[int, str]]:
-        """The first pass's calls of collapse_huge_page, in order: order, and the trace event's word."""
+        """Return the first pass's calls of collapse_huge_page, in order: order, and the trace event's word."""
         found = []
         for name, order, *rest in self.raw["passes"][0]["events"]:
             if name == "collapse":
@@ -122,11 +122,11 @@ class Case:
 
     @property
     def tried_whole_range(self) -> bool:
-        """Whether the first attempt of the first pass was at the PMD order."""
+        """Return whether the first attempt of the first pass was at the PMD order."""
         return bool(self.attempts) and self.attempts[0][0] == self.geometry.pmd_order
 
     def planes(self) -> dict[str, NDArray[Any]]:
-        """The planes of ``mthp.plan_ranges`` for `before`: bool, and int8 for folio_order, each (1, N)."""
+        """Return the planes of ``mthp.plan_ranges`` for `before`: bool, and int8 for folio_order, each (1, N)."""
         states = self.before
         flags = list(_expanded(self.raw["before_flags"])) if "before_flags" in self.raw else ["r"] * len(states)
         orders = [int(state.partition(":")[2] or 0) for state in states]
@@ -148,7 +148,7 @@ class Case:
 
 
 def load(name: str) -> list[Case]:
-    """The cases of the file called `name` in this directory."""
+    """Return the cases of the file called `name` in this directory."""
     with gzip.open(HERE / name, "rt", encoding="utf-8") as lines:
         raws = [json.loads(line) for line in lines]
     return [Case(raw["id"], raw) for raw in raws]

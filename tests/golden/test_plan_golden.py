@@ -35,7 +35,7 @@ BATCH_WORD = ScanResult.PAGE_COUNT.trace_word
 
 
 def plan_together(cases: list[Case], policy: str = "mainline") -> Plan:
-    """One plan over `cases`, which have rules and geometry in common."""
+    """Return one plan over `cases`, which have rules and geometry in common."""
     first = cases[0]
     planes = [case.planes() for case in cases]
     joined: dict[str, Any] = {name: np.concatenate([one[name] for one in planes]) for name in planes[0]}
@@ -52,7 +52,7 @@ def plan_together(cases: list[Case], policy: str = "mainline") -> Plan:
 
 
 def by_rules(cases: list[Case]) -> list[list[Case]]:
-    """The cases in groups that one call can plan."""
+    """Return the cases in groups that one call can plan."""
     groups: dict[object, list[Case]] = defaultdict(list)
     for case in cases:
         groups[case.geometry, case.orders, case.trigger, *case.limits.values()].append(case)
@@ -71,7 +71,7 @@ def test_every_case_of_pages_and_holes(name: str, count: int) -> None:
 
 
 def attempts_by_case(plan: Plan) -> list[list[Attempt]]:
-    """The attempts of a plan, for each of its ranges."""
+    """Return the attempts of a plan, for each of its ranges."""
     attempts: list[list[Attempt]] = [[] for _ in range(len(plan))]
     columns = (plan.attempts.range, plan.attempts.order, plan.attempts.result)
     for index, order, result in zip(*(column.tolist() for column in columns), strict=True):
@@ -119,7 +119,7 @@ class Foreseen:
 
     @property
     def kernel_word(self) -> str:
-        """The word that a kernel would trace for the range.
+        """Return the word that a kernel would trace for the range.
 
         A plan names the last attempt's result. To the kernel a run skipped for its large folio is none
         (mthp_collapse keeps the last result before it, at first FAIL).
@@ -132,7 +132,7 @@ class Foreseen:
 
 @functools.cache
 def states() -> list[Foreseen]:
-    """The cases of all states."""
+    """Return the cases of all states."""
     foreseen = []
     for group in by_rules(load(STATES_FILE)):
         plan = plan_together(group)
@@ -156,7 +156,7 @@ def beyond_a_plan(case: Case) -> str:
 
 
 def within_a_plan(*also: str) -> list[Foreseen]:
-    """The states that a plan can foresee, and those set aside for a reason of `also`."""
+    """Return the states that a plan can foresee, and those set aside for a reason of `also`."""
     return [one for one in states() if beyond_a_plan(one.case) in ("", *also)]
 
 

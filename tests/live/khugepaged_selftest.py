@@ -69,12 +69,12 @@ class Outcome:
 
     @property
     def hasty(self) -> bool:
-        """Whether a part failed without having waited."""
+        """Return whether a part failed without having waited."""
         return re.search(r"[^.]\.\.\. ?(\x1b\[\d+m)?Fail", self.text) is not None
 
 
 def build() -> Path:
-    """The test's program, fetched and built if it is not there yet.
+    """Return the test's program, fetched and built if it is not there yet.
 
     Raises:
         UnobtainableError: it cannot be fetched, or not be built.
@@ -105,7 +105,7 @@ def run(*arguments: str) -> Outcome:
 
 
 def _fetch() -> Path:
-    """The source package."""
+    """Return the source package."""
     package = f"linux-source-{VERSION}"
     archives = _archives()
     if not archives:
@@ -135,7 +135,7 @@ def _fetch() -> Path:
 
 
 def _archives() -> list[str]:
-    """The addresses of the archives of Debian that apt is set up for here."""
+    """Return the addresses of the archives of Debian that apt is set up for here."""
     try:
         lines = _call(["apt-get", "indextargets", "--format", "$(SITE)|$(LABEL)", "Created-By: Packages"]).splitlines()
     except UnobtainableError:
@@ -215,7 +215,7 @@ def passes(order: str) -> bool:
 
 
 def told(outcome: Outcome) -> str:
-    """An outcome in a line."""
+    """Return an outcome in a line."""
     failed = (", ".join(outcome.failed) or "none") + (" (without a wait)" if outcome.hasty else "")
     return f"{len(outcome.passed)} of {len(outcome.passed) + len(outcome.failed)} passed, failed: {failed}"
 

@@ -96,6 +96,7 @@ def test_holes_are_filled_when_that_is_wanted(memory: NDArray[np.uint64]) -> Non
     assert not memory[PAGE_SIZE // 8 : 2 * PAGE_SIZE // 8].any()
 
 
+@pytest.mark.slow
 def test_while_threads_write_and_check(memory: NDArray[np.uint64]) -> None:
     stop, wrong, rounds = threading.Event(), [], [0] * 3
     memory[:] = 0

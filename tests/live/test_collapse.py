@@ -73,7 +73,7 @@ def options(*more: object) -> list[object]:
 
 
 def share_by_smaps(pid: int) -> float:
-    """The share of the anonymous memory that PMD entries map, as the kernel says it."""
+    """Return the share of the anonymous memory that PMD entries map, as the kernel says it."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     values = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return values["AnonHugePages"] / values["Anonymous"]
@@ -163,6 +163,7 @@ def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
     assert report["over_budget_ranges"]
 
 
+@pytest.mark.slow
 def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
     layout = Layout.of(actor)
     # Full ranges only: the plan is carried out, and the other ranges are unchanged.
@@ -225,6 +226,7 @@ def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
     layout.check_contents()
 
 
+@pytest.mark.slow
 def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 32)
@@ -244,14 +246,14 @@ def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor
 
 
 def many(actor: Actor, count: int = 40) -> int:
-    """Some PMD ranges with a page at every fourth place, for a collapse that takes its time."""
+    """Return some PMD ranges with a page at every fourth place, for a collapse that takes its time."""
     address = actor.map(count * PMD_SIZE)
     actor.fill(address, count * PAGES // 4, 4)
     return address
 
 
 def slowly(actor: Actor, *more: object) -> subprocess.Popen[str]:
-    """A collapse that would take some seconds, once it is under way."""
+    """Return a collapse that would take some seconds, once it is under way."""
     before = memory_of(actor.pid).anon_huge
     arguments = map(str, options("--rate", "20M", "--json", *more))
     running = subprocess.Popen(
@@ -269,6 +271,7 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     return running.returncode, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None:
     address = many(actor)
@@ -284,6 +287,7 @@ def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None
     assert actor.damaged(address, 40 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_the_target_is_killed_in_the_middle(actor: Actor) -> None:
     many(actor)
     running = slowly(actor)
@@ -294,6 +298,7 @@ def test_the_target_is_killed_in_the_middle(actor: Actor) -> None:
     assert report["not_tried_ranges"] > 0
 
 
+@pytest.mark.slow
 def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     address = many(actor, 20)
     running = slowly(actor)
@@ -306,6 +311,7 @@ def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     assert actor.damaged(address, 10 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_the_target_forks_in_the_middle(actor: Actor) -> None:
     address = many(actor, 20)
     running = slowly(actor)
@@ -318,6 +324,7 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
     assert actor.damaged(address, 20 * PAGES // 4, 4) == 0
 
 
+@pytest.mark.slow
 def test_a_rate_is_kept(actor: Actor) -> None:
     many(actor, 10)
     report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))

@@ -19,7 +19,7 @@ from targets import PMD_ORDER
 from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
 OPTIONS = (

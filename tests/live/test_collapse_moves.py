@@ -184,6 +184,7 @@ def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
     assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
 
 
+@pytest.mark.slow
 def test_a_rate_is_kept(actor: Actor) -> None:
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, 4 * PAGES)
@@ -194,6 +195,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
     assert report["elapsed_seconds"] >= (report["moved_bytes"] - (1 << 20)) / (8 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "least"), [("ts", 200), ("fts", 1)])
 def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, least: int) -> None:
     """With f the target forks all the time, and pages that a child shares at that moment are left alone."""
@@ -275,6 +277,7 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     return running.returncode, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     with Writers(tmp_path, 3, 32) as target:
@@ -293,6 +296,7 @@ def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> No
         assert target.finish() == 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(tmp_path: Path) -> None:
     """Check that the target is intact and switches are put back. Code that no thread runs may remain."""
     words = switches()
@@ -313,6 +317,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert survivors > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 30])
 def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
     """Ctrl-Z stops mthp once the target runs and switches are put back; SIGCONT continues it."""
@@ -329,7 +334,7 @@ def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
 
 
 def suspended(pid: int, step: int) -> subprocess.Popen[str]:
-    """A collapse that is stopped at a chosen step of the mover."""
+    """Return a collapse that is stopped at a chosen step of the mover."""
     arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", *MOVE, "--json"]
     for _ in range(20):
         running = subprocess.Popen(
@@ -348,6 +353,7 @@ def suspended(pid: int, step: int) -> subprocess.Popen[str]:
     pytest.fail(f"it never came to step {step}")
 
 
+@pytest.mark.slow
 def test_the_target_is_killed_in_the_middle(tmp_path: Path) -> None:
     with Writers(tmp_path, 3, 32) as target:
         running = started(target.pid, "--rate", "8M")
@@ -359,6 +365,7 @@ def test_the_target_is_killed_in_the_middle(tmp_path: Path) -> None:
         assert report["folios"]["4"]["not_tried"] > 0
 
 
+@pytest.mark.slow
 def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     address = actor.map(16 * PMD_SIZE)
     actor.fill(address, 16 * PAGES)
@@ -372,6 +379,7 @@ def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
     assert actor.damaged(address, 8 * PAGES) == 0
 
 
+@pytest.mark.slow
 def test_two_at_once(tmp_path: Path) -> None:
     """Run one of them, or both in turn: the one that finds the target traced reports it, and nothing breaks."""
     with Writers(tmp_path, 3, 16) as target:

@@ -162,6 +162,7 @@ class Churning:
         self.process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 4])
 def test_mappings_that_come_go_split_and_join(threads: int, tmp_path: Path) -> None:
     """Nothing of the target is lost, a stack that grows is left alone, and every planned folio has an outcome."""

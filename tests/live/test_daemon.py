@@ -130,6 +130,7 @@ def test_a_number_that_nobody_has_is_told(run: Path) -> None:
         assert f"no process {gone.pid}" in daemon.said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pmd_only")
 def test_thousands_of_short_lived_processes_are_passed_over(run: Path) -> None:
     with RunningDaemon(run, "--comm", "true") as daemon:
@@ -279,6 +280,7 @@ def test_the_service_is_known_of_a_process_that_a_rule_finds_by_its_pid(run: Pat
     assert (sample.labels["service"], sample.value >= RANGES * PMD_SIZE) == (target["service"], True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pmd_only")
 def test_clients_that_ask_without_end_do_not_stop_the_work(run: Path) -> None:
     port, stop = _free_port(), threading.Event()
@@ -361,6 +363,7 @@ def test_without_rights_it_says_which_are_missing(run: Path) -> None:
     assert "CAP_SYS_ADMIN" not in said
 
 
+@pytest.mark.slow
 def test_where_the_kernel_tells_of_no_processes_it_looks_for_them_itself(run: Path) -> None:
     # The connector is in the first network namespace only.
     with RunningDaemon(run, "--comm", "sleep", prefix=("unshare", "--net")) as daemon:
@@ -434,6 +437,7 @@ def test_a_target_that_is_stopped_stays_stopped_and_goes_on_when_told(run: Path,
         assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
 
 
+@pytest.mark.slow
 def test_a_target_that_forks_unmaps_and_maps_meanwhile_is_never_harmed(run: Path, thp_switches: ThpSwitches) -> None:
     with at_work(run, thp_switches) as (daemon, puppet, address):
         for _ in range(5):
@@ -463,6 +467,7 @@ def test_a_target_that_becomes_another_program_is_matched_anew(run: Path, thp_sw
         child.wait()
 
 
+@pytest.mark.slow
 def test_suspended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp_switches: ThpSwitches) -> None:
     with at_work(run, thp_switches) as (daemon, puppet, address):
         os.kill(daemon.process.pid, signal.SIGTSTP)
@@ -474,6 +479,7 @@ def test_suspended_at_work_every_switch_is_back_and_every_thread_runs(run: Path,
         assert not daemon.status()["paused"]
 
 
+@pytest.mark.slow
 def test_ended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp_switches: ThpSwitches) -> None:
     with at_work(run, thp_switches) as (daemon, puppet, address):
         daemon.stop()
@@ -485,6 +491,7 @@ def test_ended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp
         assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
 
 
+@pytest.mark.slow
 def test_killed_at_work_the_next_start_puts_right_what_was_left(run: Path, thp_switches: ThpSwitches) -> None:
     for _ in range(20):
         with at_work(run, thp_switches) as (daemon, puppet, address):
@@ -517,6 +524,7 @@ def test_a_full_disk_under_the_event_log_is_said_and_stops_nothing(run: Path, th
         assert daemon.said.count("No space left on device") == 1
 
 
+@pytest.mark.slow
 def test_a_service_manager_hears_of_readiness_and_life(run: Path, tmp_path: Path, pmd_only: ThpSwitches) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

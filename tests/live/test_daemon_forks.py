@@ -15,7 +15,11 @@ from targets import PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages"),
+]
 
 RANGES = 32
 

@@ -34,6 +34,7 @@ def put_back(number: str) -> bool:
     return FILE.read_text().strip() == number and not has_entries(default_root())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_it_is_put_back_whatever_ends_the_daemon(tmp_path: Path, number: str, by: signal.Signals) -> None:
     with RunningDaemon(tmp_path, "--comm", "nothing-has-this-name", "--keep-max-ptes-none", "3") as daemon:
@@ -48,6 +49,7 @@ def test_it_is_put_back_whatever_ends_the_daemon(tmp_path: Path, number: str, by
     until(lambda: put_back(number), FILE.read_text)
 
 
+@pytest.mark.slow
 def test_after_a_kill_with_the_watcher_the_next_mthp_puts_it_back(tmp_path: Path, number: str) -> None:
     with RunningDaemon(tmp_path, "--comm", "nothing-has-this-name", "--keep-max-ptes-none", "3") as daemon:
         until(lambda: FILE.read_text().strip() == "3", lambda: daemon.said)

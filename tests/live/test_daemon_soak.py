@@ -19,7 +19,11 @@ from targets import threads_of
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages"),
+]
 
 SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "5"))
 TARGETS = int(os.environ.get("MTHP_TEST_TARGETS", "20"))

@@ -15,7 +15,12 @@ from e2e.helpers import MTHP
 from thp_switches import THP_ROOT
 from waiting import PATIENCE, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp"), pytest.mark.usefixtures("thp_switches")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "thp"),
+    pytest.mark.usefixtures("thp_switches"),
+]
 
 INTERRUPTED = 128 + signal.SIGINT
 SETTINGS = ("**/enabled", "khugepaged/max_*", "khugepaged/*_millisecs", "khugepaged/pages_to_scan")
@@ -34,7 +39,7 @@ def demo() -> Iterator[subprocess.Popen[str]]:
 
 
 def stages() -> list[str]:
-    """The stages of a whole demo, in order."""
+    """Return the stages of a whole demo, in order."""
     with demo() as process:
         return [line for line in process.communicate(timeout=PATIENCE)[1].splitlines() if line.endswith(" ...")]
 
@@ -53,7 +58,7 @@ def _gone(pids: set[int]) -> bool:
 
 
 def settings() -> dict[Path, str]:
-    """The switches and tunables that a mechanism may change."""
+    """Return the switches and tunables that a mechanism may change."""
     return {file: file.read_text() for pattern in SETTINGS for file in THP_ROOT.glob(pattern)}
 
 

@@ -276,6 +276,7 @@ def test_a_collapse_that_the_process_asks_for_is_seen(puppet: Puppet, small: int
     assert any(f"({puppet.pid}) scanned once at {small:#x}: collapsed" in line for line in told)
 
 
+@pytest.mark.slow
 def test_the_command_watches(puppet: Puppet, small: int) -> None:
     mthp_command = f"{sys.executable} -m mthp explain {puppet.pid} {small:x} --watch 0.2s"
     command = ["unshare", "-m", "sh", "-c", f"{MOUNT}; {mthp_command}"]

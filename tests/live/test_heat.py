@@ -80,7 +80,7 @@ def target(*, apart: bool = False, advised: bool = False) -> Iterator[tuple[int,
 
 
 def hot_share(space: LiveAddressSpace, source: str, start: int, step: int = 1) -> float:
-    """The part of the accesses to the PMD ranges, as a source sees them, that goes to the hot ones."""
+    """Return the part of the accesses to the PMD ranges, as a source sees them, that goes to the hot ones."""
     heat = heat_of(space, HeatRequest(source, SECONDS))  # type: ignore[arg-type]
     assert heat is not None
     assert heat.seconds > 0
@@ -109,6 +109,7 @@ def free_damon() -> Iterator[None]:
             enabled.write_text("Y")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("free_damon")
 @pytest.mark.parametrize("operations", ["fvaddr", "paddr"])
 def test_damon_sees_what_is_hot(operations: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,7 @@ def test_damon_sees_what_is_hot(operations: str, monkeypatch: pytest.MonkeyPatch
             pytest.skip(error.message)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("free_damon")
 def test_a_plan_ranks_by_what_damon_saw() -> None:
     with target(advised=True) as (pid, _):
@@ -174,6 +176,7 @@ def test_an_instance_of_another_program_is_left_alone() -> None:
         write_instance(KDAMONDS, NONE)
 
 
+@pytest.mark.slow
 def test_idle_pages_tell_what_is_hot() -> None:
     if (what := idle.lack(THP_ROOT.parent)[0]) != "":
         pytest.skip(what)
@@ -181,6 +184,7 @@ def test_idle_pages_tell_what_is_hot() -> None:
         assert hot_share(space, "idle", start) > 0.8
 
 
+@pytest.mark.slow
 def test_young_bits_tell_which_mappings_are_hot() -> None:
     with target(apart=True) as (pid, start), open_live(pid) as space:
         assert hot_share(space, "young", start, step=2) > 0.8

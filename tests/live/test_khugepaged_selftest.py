@@ -11,7 +11,7 @@ from daemons import RunningDaemon
 from live import khugepaged_selftest as selftest
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "4k-pages")]
 
 ORDERS = os.environ.get("MTHP_SELFTEST_ORDERS", "4").split(",")
 """One by default, since each takes some seconds; ``2,3,4,5,6,7,8`` for all."""

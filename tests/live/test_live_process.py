@@ -43,7 +43,7 @@ def puppet() -> Iterator[Puppet]:
 
 
 def kernel_thread() -> int:
-    """The PID of kthreadd, which every kernel outside a PID namespace shows as 2."""
+    """Return the PID of kthreadd, which every kernel outside a PID namespace shows as 2."""
     for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
             if path.read_text() == "kthreadd\n":

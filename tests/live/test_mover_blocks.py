@@ -184,6 +184,7 @@ def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, spa
     assert results(space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)) == {ScanResult.SUCCEED: 4}
 
 
+@pytest.mark.slow
 def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:
     with Writers(tmp_path, 6, 8, "fts") as target, open_live(target.pid) as space:
         moved = 0

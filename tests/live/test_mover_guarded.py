@@ -84,7 +84,7 @@ def hammer() -> ctypes.CDLL:
 
 
 def words(address: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """The memory as an array of uint64."""
+    """Return the memory as an array of uint64."""
     return np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)).cast("B"), np.uint64)
 
 
@@ -158,6 +158,7 @@ def test_only_whole_blocks(memory: Callable[[int], int], journal: SwitchJournal)
     assert intact(address, 1 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [2, 4, 9])
 def test_under_threads_that_write_and_check(
     memory: Callable[[int], int], journal: SwitchJournal, hammer: ctypes.CDLL, order: int
@@ -307,6 +308,7 @@ def in_python(code: str, *arguments: object, limit: float = 2 * PATIENCE, prefix
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("journal")
 def test_threads_that_hold_the_interpreters_lock_while_they_wait(tmp_path: Path) -> None:
     """And others that use the memory in system calls. A mover in Python would wait for the lock for ever."""

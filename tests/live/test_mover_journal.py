@@ -49,7 +49,7 @@ def words() -> dict[str, str]:
 
 
 def is_settled(root: Path, wanted: dict[str, str]) -> bool:
-    """Whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
+    """Return whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
     return words() == wanted and not has_entries(root) and not watchers_of(root)
 
 
@@ -77,6 +77,7 @@ def test_faults_bring_that_size(machine_words: dict[str, str], tmp_path: Path, o
     assert not (columns.state[1 << order :]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", ENDS, ids=lambda numbers: "+".join(each.name for each in numbers))
 def test_a_signal_at_any_moment(
     machine_words: dict[str, str], tmp_path: Path, numbers: tuple[signal.Signals, ...]
@@ -122,6 +123,7 @@ def test_what_an_administrator_has_set_meanwhile_stays(
     until(lambda: is_settled(root, wanted), lambda: f"{wanted}: {words()}")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(machine_words: dict[str, str], tmp_path: Path) -> None:
     program = WINDOWS.replace("while True", "for _ in range(30)")
     children = [

@@ -17,7 +17,7 @@ from mthp.linux.mover.steps import Step
 from thp_switches import ThpSwitches
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "mover")]
 
 TRACER = Path(__file__).parents[1] / "mover_tracer.py"
 THREADS = 4

@@ -106,6 +106,7 @@ def test_a_block_that_did_not_get_its_order_is_reported(tmp_path: Path, thp_swit
         assert target.finish() == 0
 
 
+@pytest.mark.slow
 def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_blocks: None) -> None:
     """No wrong byte, no lost signal. MTHP_TEST_ROUNDS makes it long: 400 rounds are over 100 000 blocks moved."""
     rounds = int(os.environ.get("MTHP_TEST_ROUNDS", "4"))
@@ -161,6 +162,7 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_bloc
         print(f"{target.get('forks')} forks, {target.get('spawned')} threads: {counts}")
 
 
+@pytest.mark.slow
 def test_without_stopping_the_target_it_would_go_wrong(
     tmp_path: Path, only_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_stopped_target_stays_stopped(tmp_path: Path, only_blocks: None) -> No
         assert target.finish() == 0
 
 
+@pytest.mark.slow
 def test_stop_and_continue_at_any_moment(tmp_path: Path, only_blocks: None) -> None:
     with Writers(tmp_path, 3, 4) as target:
         stop = threading.Event()

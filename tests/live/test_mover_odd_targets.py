@@ -332,6 +332,7 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
         assert target.finish() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", Step)
 def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, observe: Observe, step: Step) -> None:
     def kill(done: Step) -> None:

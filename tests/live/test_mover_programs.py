@@ -31,7 +31,7 @@ from mthp.results import ScanResult
 from thp_switches import ThpSwitches
 from waiting import FACTOR, PATIENCE, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
 MEANS = Means(mechanism="move", max_pause=0.003 * FACTOR, pause_share=0.5, verify=True)
 AT_ONCE = 64
@@ -46,7 +46,7 @@ def faults_of_one_page(thp_switches: ThpSwitches) -> None:
 
 
 def program(name: str) -> str:
-    """The path of a program; skips the test where it is not installed."""
+    """Return the path of a program; skips the test where it is not installed."""
     where = shutil.which(name, path=os.pathsep.join([os.defpath, "/usr/sbin", "/sbin"]))
     if where is None:
         pytest.skip(f"needs {name}")

@@ -60,6 +60,7 @@ def _fates_of_disturbed_sequences(directory: Path) -> list[int]:
         control.close()
 
 
+@pytest.mark.slow
 def test_a_disturbed_sequence_is_aborted(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only(BLOCK_SIZE, word="always")
     fates = _fates_of_disturbed_sequences(tmp_path)
@@ -67,6 +68,7 @@ def test_a_disturbed_sequence_is_aborted(tmp_path: Path, thp_switches: ThpSwitch
     assert set(fates) == {ABORTED}
 
 
+@pytest.mark.slow
 def test_without_care_it_would_be_committed(
     tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

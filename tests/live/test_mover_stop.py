@@ -111,6 +111,7 @@ def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginnin
     assert begun == []
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_while_the_worker_runs_does_no_harm(
     tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
 ) -> None:

@@ -65,6 +65,7 @@ def _move_all(target: Waiters, rounds: int) -> None:
             assert {outcome.errno for outcome in session.move(blocks)} <= {0, errno.EAGAIN, errno.EBUSY}
 
 
+@pytest.mark.slow
 def test_waiting_threads_notice_nothing(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only(BLOCK_SIZE, word="always")
     with Waiters(tmp_path) as target:
@@ -78,6 +79,7 @@ def test_waiting_threads_notice_nothing(tmp_path: Path, thp_switches: ThpSwitche
         assert target.release() == expected
 
 
+@pytest.mark.slow
 def test_without_the_repair_some_would_return_eintr(
     tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_without_the_repair_some_would_return_eintr(
         assert target.interrupted() >= LEAKING
 
 
+@pytest.mark.slow
 def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     """Twelve system calls that in turn time out or succeed: value, errno and all other results.
 
@@ -110,7 +113,7 @@ def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches:
 
 
 def _disturbed(directory: Path, turns: int) -> tuple[int, dict[str, list[tuple[int, ...]]]]:
-    """How often a target was stopped during these turns, and what its calls returned."""
+    """Return how often a target was stopped during these turns, and what its calls returned."""
     stops = 0
     with Syscalls(directory, turns) as target:
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
@@ -174,6 +177,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("mthp.linux.mover.session.native", Forgetful)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [Step.BOOTED, Step.WRITTEN, Step.DONE, Step.UNMAPPED])
 @pytest.mark.parametrize("call", ["pause", "read", "restarted read", "nanosleep", "epoll_wait"])
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
@@ -219,6 +223,7 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
             target.kill()
 
 
+@pytest.mark.slow
 def test_queued_signals_keep_their_order_and_nobody_waits_for_what_has_come(
     thp_switches: ThpSwitches, machine: None
 ) -> None:

@@ -264,6 +264,7 @@ def fragmented(target: Actor, seed: int) -> Iterator[None]:
             hog.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(STATES))
 @pytest.mark.usefixtures("small_machine")
 def test_what_is_predicted_of_fragmented_memory_is_reached(target: Actor, seed: int) -> None:

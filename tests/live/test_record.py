@@ -125,6 +125,7 @@ def _steps(path: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_what_was_written_is_readable_after_a_kill(tmp_path: Path) -> None:
     with Puppet() as puppet:
         address = puppet.map(4 * PMD_SIZE)
@@ -140,6 +141,7 @@ def test_what_was_written_is_readable_after_a_kill(tmp_path: Path) -> None:
             assert np.array_equal(recording.space().read(wanted).folio_order, space.read(wanted).folio_order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_recording_in_order(tmp_path: Path, number: signal.Signals) -> None:
     with Puppet() as puppet:

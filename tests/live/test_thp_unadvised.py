@@ -28,7 +28,7 @@ def actor() -> Iterator[Actor]:
 
 
 def unadvised(actor: Actor) -> int:
-    """A process that may have THP only where it is advised, and full memory in it without advice."""
+    """Return a process that may have THP only where it is advised, and full memory in it without advice."""
     try:
         actor.tell("set_thp_disable", 1, EXCEPT_ADVISED)
     except Exception as error:

@@ -76,6 +76,7 @@ def thpmaps(pid: int) -> dict[str, int]:
     return {key: int(size) << 10 for key, size in re.findall(r"^(\S+):\s+([0-9]+) kB", said, re.MULTILINE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", CASES.values(), ids=CASES.keys(), indirect=True)
 def test_every_figure_is_that_of_thpmaps(target: int) -> None:
     theirs, census = thpmaps(target), mthp_json("inspect", target)

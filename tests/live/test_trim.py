@@ -203,6 +203,7 @@ with open_live({pid}) as space:
 """
 
 
+@pytest.mark.slow
 def test_two_at_once_lose_nothing(puppet: Puppet, by: TrimBy) -> None:
     addresses = [huge(puppet, 40) for _ in range(8)]
     script = TRIMMING.format(pid=puppet.pid, folios=whole(addresses), size=PMD_SIZE, by=by)
@@ -213,6 +214,7 @@ def test_two_at_once_lose_nothing(puppet: Puppet, by: TrimBy) -> None:
         assert puppet.tell("read", address, PAGES, 1) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [0, 2])
 def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, by: TrimBy, done: int) -> None:
     addresses = [huge(puppet, 40) for _ in range(4)]
@@ -239,6 +241,7 @@ trim.Trimmer._one = one
         assert puppet.tell("read", address, PAGES, 1) == 40
 
 
+@pytest.mark.slow
 def test_khugepaged_works_on_the_same_memory(by: TrimBy, thp_switches: ThpSwitches) -> None:
     for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs"):
         thp_switches.set(f"khugepaged/{name}", "0")
@@ -249,6 +252,7 @@ def test_khugepaged_works_on_the_same_memory(by: TrimBy, thp_switches: ThpSwitch
     assert given_back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-", "z", "d", "f"])
 def test_threads_lose_nothing_while_their_memory_is_trimmed_again_and_again(by: TrimBy, flags: str) -> None:
     results, given_back = trimmed_beside_threads(by, flags)
@@ -307,6 +311,7 @@ class Trims:
         assert self._fallen >= TOLD_SHARE * self._told or self._by == "split"
 
 
+@pytest.mark.slow
 def test_rss_of_huge_pages_falls_by_what_inspect_reports(by: TrimBy) -> None:
     trims, end = Trims(PMD_ORDER, by), time.monotonic() + CHURN_SECONDS
     with Churn(2, max(64, 2 * PMD_SIZE >> 20), 30) as churn, open_live(churn.pid) as space:
@@ -316,6 +321,7 @@ def test_rss_of_huge_pages_falls_by_what_inspect_reports(by: TrimBy) -> None:
         trims.end(churn)
 
 
+@pytest.mark.slow
 @pytest.mark.requires("mthp")
 def test_rss_of_mthps_falls_by_what_inspect_reports(thp_switches: ThpSwitches) -> None:
     with open_live("self") as space:

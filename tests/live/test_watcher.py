@@ -24,7 +24,11 @@ from targets import PMD_ORDER
 from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import PATIENCE, until, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan", "4k-pages")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "mthp", "mover", "pagemap_scan", "4k-pages"),
+]
 
 KILLS = int(os.environ.get("MTHP_TEST_KILLS", "3"))
 ENDS = [(signal.SIGKILL,), (signal.SIGHUP,), (signal.SIGTERM,), (signal.SIGSTOP, signal.SIGKILL)]

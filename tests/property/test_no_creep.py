@@ -25,7 +25,7 @@ POLICIES = pytest.mark.parametrize("policy", ["mainline", "no-creep", "per-order
 
 
 def posed(problem: Problem) -> tuple[Planes, Rules]:
-    """The planes and rules of a problem."""
+    """Return the planes and rules of a problem."""
     arguments: dict[str, Any] = problem.arguments()
     geometry = geometry_for_ptes(problem.ranges[0].size)
     limits = {name: arguments.pop(name) for name in LIMITS}

@@ -36,7 +36,7 @@ def check(problem: Problem, policy: str, *, omit_empty: bool) -> None:
 
 
 def readable(plan: Plan) -> list[tuple[int, int, int, str]]:
-    """The attempts as (range, offset, order, name of the result)."""
+    """Return the attempts as (range, offset, order, name of the result)."""
     columns = (plan.attempts.range, plan.attempts.offset, plan.attempts.order, plan.attempts.result)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return [(index, offset, order, ScanResult(result).name) for index, offset, order, result in rows]

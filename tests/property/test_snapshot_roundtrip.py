@@ -42,7 +42,7 @@ def pages_of_a_mapping(draw: st.DrawFn, geometry: Geometry) -> tuple[tuple[int, 
 
 @st.composite
 def address_spaces(draw: st.DrawFn) -> FakeSpace:
-    """A few mappings anywhere, adjoining or apart."""
+    """Return a few mappings anywhere, adjoining or apart."""
     geometry = draw(st.sampled_from(list(GEOMETRIES.values())))
     top = (1 << 64) // geometry.page_size
     address = draw(st.sampled_from([0, 1 << 30, 1 << 50, top - 20 * geometry.ptes_per_pmd])) * geometry.page_size

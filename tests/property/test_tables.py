@@ -82,7 +82,7 @@ def test_a_name_with_blanks_is_not_broken_below_its_row() -> None:
 
 
 def _shows(line: str, name: str) -> bool:
-    """Whether a `line` has the beginning of a name, an ellipsis, and its end."""
+    """Return whether a `line` has the beginning of a name, an ellipsis, and its end."""
     for match in re.finditer(ELLIPSIS, line):
         before, after = line[: match.start()], line[match.end() :]
         heads = (name[:size] for size in range(1, len(name)))

@@ -37,7 +37,7 @@ STATES = (
 
 @st.composite
 def spaces(draw: st.DrawFn) -> FakeSpace:
-    """Two mappings of a few PMD ranges each, in runs of a few states."""
+    """Return two mappings of a few PMD ranges each, in runs of a few states."""
     mappings = []
     for start in (SIZE, 20 * SIZE):
         ranges = draw(st.integers(1, 5))

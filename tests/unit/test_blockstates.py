@@ -20,7 +20,7 @@ BLOCK = (BASE, 4)
 
 
 def columns(state: Pte, order: int, frames: range | None = None) -> PteColumns:
-    """The entries of one block of 64K."""
+    """Return the entries of one block of 64K."""
     pfn = None if frames is None else np.array(frames, np.uint64)
     return PteColumns(((BASE, BASE + K64),), np.full(16, state, np.uint16), np.full(16, order, np.int8), pfn)
 

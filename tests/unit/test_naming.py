@@ -10,7 +10,7 @@ import pytest
 from mthp.errors import UsageError
 from mthp.linux.cgroups import Namespace
 from mthp.linux.facts import FactsReader, Pods
-from mthp.naming import COMM_BYTES, Match, ProcessFacts, match_of
+from mthp.naming import COMM_BYTES, Match, ProcessFacts, match_of, user_id
 
 ID = "3f2a" + "0" * 58 + "9b"
 OTHER_ID = "77aa" + "1" * 60
@@ -68,6 +68,19 @@ def test_a_name_fits_what_it_says(word: str, fits: bool) -> None:
 @pytest.mark.parametrize("word", ["redis", "12", "./comm:x", "a/b", "", "file:x", "c:d", ":x", "ALL", "pid:1", "uid:1"])
 def test_what_is_no_name(word: str) -> None:
     assert match_of(word) is None
+
+
+@pytest.mark.parametrize(("digits", "uid"), [("0", 0), ("7", 7), ("0" * 5000 + "7", 7), ("00", 0)])
+def test_digits_are_the_number_of_a_user_however_many(digits: str, uid: int) -> None:
+    assert user_id(digits) == user_id(uid) == uid
+    assert match_of(f"user:{digits}") == Match(uid=(uid,))
+
+
+def test_thousands_of_digits_are_the_number_of_no_user() -> None:
+    assert user_id("9" * 5000) > 1 << 32
+    # Digits of other scripts are a name.
+    with pytest.raises(UsageError, match="unknown user"):
+        user_id("\u0663")
 
 
 @pytest.mark.parametrize("word", ["comm:", "cgroup:/sys/fs/cgroup/x", "user:no such user"])

@@ -74,7 +74,7 @@ def _source_files() -> list[Path]:
 
 
 def _deb822(stanza: str) -> Source | None:
-    """The archive in a stanza of a ``.sources`` file (sources.list(5))."""
+    """Return the archive in a stanza of a ``.sources`` file (sources.list(5))."""
     lines = [line for line in stanza.splitlines() if line and not line.startswith("#")]
     fields = dict(line.split(":", 1) for line in lines if ":" in line and not line[0].isspace())
     if "deb" not in fields.get("Types", "").split() or not fields.get("URIs"):
@@ -195,7 +195,7 @@ class Apt:
         return fields if "Filename" in fields else None
 
     def download(self, packages: Sequence[str]) -> list[Path]:
-        """The files of `packages`, fetched unless they are here.
+        """Return the files of `packages`, fetched unless they are here.
 
         Raises:
             LabError: one cannot be had.
@@ -213,7 +213,7 @@ class Apt:
         return list(found.values())
 
     def with_dependencies(self, packages: Sequence[str]) -> list[Path]:
-        """The files of `packages` and of all they depend on, fetched unless they are here.
+        """Return the files of `packages` and of all they depend on, fetched unless they are here.
 
         Raises:
             LabError: they cannot be had.

@@ -133,7 +133,7 @@ def _place_block(chance: random.Random, pages: list[str], state: str, order: int
 
 
 def one_folio_a_block(pages: list[str]) -> list[str]:
-    """The pages, where a block of a large folio that another cut into is made small.
+    """Return the pages with small pages for each block of a large folio that another one overlaps.
 
     A folio is faulted in as a whole, so no two may overlap, and whether it looks used is one thing for all its pages.
     """

@@ -105,7 +105,7 @@ def _shared_in_part(chance: random.Random, pages: list[str]) -> list[str]:
 
 
 def _aged(chance: random.Random, pages: list[str]) -> list[str]:
-    """Some pages look unused: few, about half of the range, nearly all; pages of one folio alike."""
+    """Return the pages with some that look unused: few, about half, or nearly all; pages of a folio alike."""
     n = len(pages)
     able = [i for i, page in enumerate(pages) if page not in NEVER_OLD and not page.startswith("large")]
     swapped = any("swap" in page for page in pages)

@@ -40,7 +40,7 @@ class Archive:
         self._add(name, stat.S_IFLNK | 0o777, target.encode())
 
     def packed(self) -> bytes:
-        """The archive."""
+        """Return the archive."""
         return b"".join([*self._parts, _entry(_TRAILER, 0, 0, b"")])
 
     def _add(self, name: str, mode: int, data: bytes) -> None:

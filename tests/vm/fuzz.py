@@ -56,7 +56,7 @@ class Findings:
 
     @property
     def summary(self) -> str:
-        """One line, as the replay's."""
+        """Return a line in the form of the replay's."""
         differing = len(self.mismatches)
         others = f", refused {self.refused.total()}" if self.refused else ""
         others += f", unstable {len(self.unstable)}" if self.unstable else ""
@@ -109,7 +109,7 @@ class _Lab:
         return self._stack.enter_context(recorder(self._kernel, self._seconds))
 
     def record(self, spec: Spec, name: str) -> dict[str, Any]:
-        """A golden case.
+        """Record a case, and return it as a golden case.
 
         Raises:
             RefusedError: it cannot be staged, or the guest died.
@@ -168,7 +168,7 @@ def _tell(case: dict[str, Any], report: CaseReport, what: str, say: Say) -> None
 def _shrunk(
     lab: _Lab, spec: Spec, name: str, case: dict[str, Any], report: CaseReport, until: float
 ) -> tuple[dict[str, Any], CaseReport]:
-    """The smallest variant found by then that differs in the same respect."""
+    """Return the smallest variant found in time that differs in the same respect."""
     best = (case, report)
     kind = report.mismatches[0].where.partition(": ")[2]
 

@@ -64,7 +64,7 @@ poweroff -f
 
 
 def build(kernel: Kernel) -> bytes:
-    """The archive for a kernel, without a job. It is kept, and made again when something it is made of changed.
+    """Return the archive for a kernel, without a job. It is kept, and made again when something it is made of changed.
 
     Raises:
         LabError: busybox cannot be had, or the recorder cannot be compiled.
@@ -85,7 +85,7 @@ def build(kernel: Kernel) -> bytes:
 
 
 def job_archive(script: str, files: dict[str, bytes] | None = None) -> bytes:
-    """An archive with a job: the shell script ``/job/run``, and other files by their paths."""
+    """Return an archive with a job: the shell script ``/job/run``, and other files by their paths."""
     archive = Archive()
     for name, data in (files or {}).items():
         archive.file(name, data, 0o755)

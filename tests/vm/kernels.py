@@ -54,7 +54,7 @@ class Platform:
 
     @property
     def compilers(self) -> tuple[str, ...]:
-        """The packages with the compiler and the C library, on this machine."""
+        """Return the packages with the compiler and the C library, on this machine."""
         return ("gcc", "libc6-dev") if self.machine == os.uname().machine else self.cross
 
 
@@ -98,14 +98,14 @@ class Kernel:
 
     @property
     def version(self) -> str:
-        """The version alone: ``7.3.4``."""
+        """Return the version alone: ``7.3.4``."""
         match = re.match(r"[\d.]*\d", self.release)
         assert match
         return match[0]
 
     @property
     def image(self) -> Path:
-        """The file to boot."""
+        """Return the file to boot."""
         places = [*self.root.glob("boot/vmlinu[xz]-*"), *self.root.glob("usr/lib/modules/*/vmlinu[xz]")]
         if not places:
             raise LabError(f"the packages of {self.release} hold no kernel")
@@ -113,12 +113,12 @@ class Kernel:
 
     @property
     def modules(self) -> list[Path]:
-        """The files of its modules."""
+        """Return the files of its modules."""
         return [*self.root.glob("usr/lib/modules/**/*.ko*"), *self.root.glob("lib/modules/**/*.ko*")]
 
 
 def split_name(name: str) -> tuple[str, Platform]:
-    """The series and the platform in a kernel's name.
+    """Return the series and the platform in a kernel's name.
 
     Raises:
         LabError: no such platform.
@@ -130,7 +130,7 @@ def split_name(name: str) -> tuple[str, Platform]:
 
 
 def releases(name: str) -> list[str]:
-    """The releases of a series that the distribution names, newest first.
+    """Return the releases of a series that the distribution names, newest first.
 
     Raises:
         LabError: package lists cannot be had.
@@ -143,7 +143,7 @@ def releases(name: str) -> list[str]:
 
 
 def fetch(name: str) -> Kernel:
-    """The newest kernel of a series, fetched and unpacked unless it is here.
+    """Return the newest kernel of a series, fetched and unpacked unless it is here.
 
     Raises:
         LabError: there is none.
@@ -172,7 +172,7 @@ def _unpacked(name: str, release: str, apt: Apt, packages: list[str]) -> Kernel:
 
 
 def _packages(apt: Apt, release: str) -> tuple[list[str], bool]:
-    """The packages that make up a kernel, and whether its modules are among them; none if it cannot be had.
+    """Return the packages that make up a kernel, and whether its modules are among them; none if it cannot be had.
 
     Until 6.19 it is one package; later ``linux-image`` only asks for ``linux-binary`` and ``linux-modules``, and the
     modules of some are gone from the archive. Such a kernel boots, and has no swap.

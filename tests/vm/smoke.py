@@ -104,14 +104,14 @@ def doctor() -> str:
 
 
 def inspect() -> str:
-    """The orders that are seen."""
+    """Return the orders that are seen."""
     with _target() as target:
         _mthp("inspect", target.pid)
     return "ok"
 
 
 def plan() -> str:
-    """How much of the target would be collapsed."""
+    """Return how much of the target would be collapsed."""
     with _target() as target:
         answer = _mthp("plan", target.pid)
     planned = sum(answer["folios_by_order"].values())
@@ -120,7 +120,7 @@ def plan() -> str:
 
 
 def collapse() -> str:
-    """The target, to the PMD order."""
+    """Collapse the target to the PMD order."""
     with _target() as target:
         answer = _mthp("collapse", target.pid, "--orders", _pmd_label(), codes=(0, 1))
         assert answer["collapsed_ranges"] + answer["unchanged_ranges"] >= RANGES, answer["failed_ranges"]
@@ -131,13 +131,13 @@ def collapse() -> str:
 
 
 def move() -> str:
-    """The target, to folios much smaller than a PMD range, by moving them."""
+    """Collapse the target to folios much smaller than a PMD range, by moving pages."""
     with _only(None):
         return _to_small_folios("move")
 
 
 def daemon() -> str:
-    """The same, by the daemon, which is left alone to do it; where nothing can be moved, to the PMD order."""
+    """Let the daemon do the same; to the PMD order where pages cannot be moved."""
     with _only(None), _target() as target, tempfile.TemporaryDirectory() as directory:
         geometry, order, label = _small()
         words = ["--pid", target.pid, "--cpu", "100%", "--run-dir", directory]
@@ -216,7 +216,7 @@ def _most(wanted: int) -> int:
 
 
 def _small() -> tuple[Geometry, int, str]:
-    """The geometry, the order of the small folios, and its label: 64K on x86-64, 1M on arm64 with 16K pages."""
+    """Return the geometry, the order of the small folios, and its label: 64K on x86-64, 1M on arm64 with 16K pages."""
     geometry = ThpSysfs().geometry()
     order = max(2, geometry.pmd_order - 5)
     return geometry, order, geometry.label(order)

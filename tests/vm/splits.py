@@ -114,7 +114,7 @@ def _named(geometry: Geometry) -> Iterator[Spec]:
 
 
 def _calls(chance: random.Random, geometry: Geometry, *, trim: bool, forked: bool) -> list[Call]:
-    """A collapse in most cases, zeroes, then what shrinks the folio, and mostly one thing between."""
+    """Return calls: mostly a collapse, zeroes, then a split or a trim, and mostly one action between."""
     n = geometry.ptes_per_pmd
     calls: list[Call] = [("collapse",)] if chance.random() < 0.9 else []
     if trim or chance.random() < 0.5:

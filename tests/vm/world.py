@@ -40,7 +40,7 @@ _TOP = Path(__file__).resolve().parents[2]
 
 
 def world(platform: Platform) -> bytes:
-    """The archive for a platform, made unless it is here.
+    """Return the archive for a platform, made unless it is here.
 
     Raises:
         LabError: the packages cannot be had.
@@ -61,7 +61,7 @@ def world(platform: Platform) -> bytes:
 
 
 def project() -> dict[str, bytes]:
-    """The files of mthp and its tests, by their place in the tree."""
+    """Return the files of mthp and its tests, by their place in the tree."""
     found = {"pyproject.toml": (_TOP / "pyproject.toml").read_bytes()}
     for directory in ("src", "tests"):
         for path in sorted((_TOP / directory).rglob("*")):

@@ -50,11 +50,11 @@ class Browser:
         self.driver.get(path.resolve().as_uri())
 
     def tell(self, method: str, **parameters: Any) -> Any:
-        """A command of the Chrome DevTools protocol."""
+        """Send a command of the Chrome DevTools protocol, and return its result."""
         return self.driver.execute_cdp_cmd(method, parameters)
 
     def ask(self, script: str) -> Any:
-        """The value of an expression of JavaScript, which the tester runs and not the page."""
+        """Return the value of an expression of JavaScript, which the tester runs and not the page."""
         return self.driver.execute_script(f"return ({script})")
 
     def complaints(self) -> list[str]:
@@ -71,7 +71,7 @@ class Browser:
         ]
 
     def screenshot(self, name: str) -> Path:
-        """A picture of the whole page."""
+        """Write a picture of the whole page, and return its path."""
         shot = self.tell("Page.captureScreenshot", captureBeyondViewport=True)
         path = self.screenshots / f"{name}.png"
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -161,11 +161,7 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
     from mthp.daemon.config import configuration_of
 
     defaults = {name: options[name] for name in _SETTINGS if options[name] is not None}
-    rules = [
-        {"name": f"--{name}", "match": {name: [_user(each) if name == "uid" else each for each in options[name]]}}
-        for name in _MATCHES
-        if options[name]
-    ]
+    rules = [{"name": f"--{name}", "match": {name: list(options[name])}} for name in _MATCHES if options[name]]
     if options["every_process"]:
         rules.append({"name": "--all", "match": {}})
     # A target that is named twice is one rule.
@@ -180,11 +176,6 @@ def _match(word: str) -> dict[str, Any]:
         return {"pid": [int(word[:20])]}
     match = match_of(word) or match_of(f"comm:{word}")
     return {name: list(getattr(match, name)) for name in match.named} if match else {}
-
-
-def _user(text: str) -> str | int:
-    """Return a user as in a rules file: by number or by name."""
-    return int(text) if text.isdecimal() else text
 
 
 def _with_daemon_options(configuration: Any, options: dict[str, Any], geometry: Geometry) -> Any:

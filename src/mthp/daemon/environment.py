@@ -8,8 +8,8 @@ do not delay the look that notices new memory of an advised process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mthp.addrspace import AddressSpace
@@ -125,20 +125,32 @@ class Environment:
     looks: Looks = field(default_factory=Looks)
     stopping: Callable[[], bool] = lambda: False
     clock: Clock = time.monotonic
-    _mechanisms: dict[tuple[Mechanism, bool], dict[int, Mechanism | None]] = field(default_factory=dict)
+    _mechanisms: dict[tuple[Mechanism, bool], dict[int, Mechanism]] = field(default_factory=dict)
     said: set[object] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.bytes = ByteBudget(self.configuration.bytes_per_second, self.clock)
 
-    def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism | None]:
-        """Return the mechanism for each order by `means`, cached because it depends on the machine alone."""
+    def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism]:
+        """Return the mechanism for each order that `means` make, cached because it depends on the machine alone."""
         # khugepaged cannot keep a rate (mechanism_of()).
         key = means.mechanism, means.rate is None
         if key not in self._mechanisms:
-            orders = self.geometry.anon_orders
-            self._mechanisms[key] = {order: mechanism_of(space, order, means) for order in orders}
+            found = {order: mechanism_of(space, order, means) for order in self.geometry.anon_orders}
+            self._mechanisms[key] = {order: mechanism for order, mechanism in found.items() if mechanism is not None}
         return self._mechanisms[key]
+
+    def switches_for(self, makes: Collection[int]) -> Switches:
+        """Return the effective switches of a target: the sizes that it does not make (`makes`) are off."""
+        sizes = {order: word if order in makes else "never" for order, word in self.switches.sizes.items()}
+        return replace(self.switches, sizes=sizes)
+
+    def decided_by(self, makes: Collection[int]) -> object:
+        """Return the switches and tunables that decide the work in a target, for comparison with another time."""
+        switches, tunables = self.switches_for(makes), self.tunables
+        # Both with and without advice, because mappings may have been advised since.
+        sizes = [switches.orders(advised=advised) for advised in (True, False)]
+        return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
 
     def event_of(self, facts: ProcessFacts, event: str, **values: Any) -> None:
         """Write an event of a process."""

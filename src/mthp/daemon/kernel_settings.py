@@ -52,6 +52,7 @@ class SystemKnobs:
             with contextlib.suppress(OSError):
                 self._files[path] = os.open(sysfs.root / path, os.O_RDONLY | os.O_CLOEXEC)
         self._texts: dict[str, str] = {}
+        self._words: dict[str, str] = {}
         self._kept = ("", "")
         self.switches = Switches.defaults(geometry)
         self.tunables = Tunables.defaults(geometry)
@@ -75,7 +76,7 @@ class SystemKnobs:
         self._texts = texts
         ours, was = self._kept
         # Unless another program has written it since: that is then the operator's choice.
-        words = texts | ({TUNABLE: was} if ours and texts.get(TUNABLE) == ours else {})
+        self._words = words = texts | ({TUNABLE: was} if ours and texts.get(TUNABLE) == ours else {})
         # An unknown word of a newer kernel, or a number out of range, must not stop the daemon: keep the last values.
         with contextlib.suppress(MthpError):
             self.switches = Switches.from_sysfs(words, self._geometry)
@@ -87,8 +88,8 @@ class SystemKnobs:
 
     @property
     def max_ptes_none(self) -> str:
-        """The text that the file of max_ptes_none last had."""
-        return self._texts.get(TUNABLE, "")
+        """The operator's choice of max_ptes_none, as last read; ``""`` if it was never read."""
+        return self._words.get(TUNABLE, "")
 
     def keep(self, ours: str, was: str) -> None:
         """Read the word `ours` of max_ptes_none as `was`, the operator's choice; empty words to read it as it is."""
@@ -165,6 +166,8 @@ class Keeping:
         Raises:
             MthpError: another process keeps it, or does not finish its window in time.
         """
+        # The files may have changed since the worker last read them.
+        self._knobs.refresh()
         was = self._knobs.max_ptes_none
         # Before the write, because from then on the worker reads a value that the operator did not choose.
         self._knobs.keep(str(number), was)

@@ -41,11 +41,11 @@ class Loop:
             key.data(events)
         now = time.monotonic()
         # A copy, because actions start timers.
-        for name, (at, act) in list(self._timers.items()):
-            if at <= now:
-                # Unless an earlier action has started it again.
-                if self._timers.get(name) == (at, act):
-                    del self._timers[name]
+        for name, timer in list(self._timers.items()):
+            at, act = timer
+            # Unless an earlier action has put another timer in its place.
+            if at <= now and self._timers.get(name) is timer:
+                del self._timers[name]
                 act()
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,8 @@ from mthp import abilities, thp_unadvised
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
-from mthp.daemon.eagerness import large_enough
+from mthp.daemon.eagerness import EagernessLevel, large_enough
 from mthp.daemon.environment import Environment
-from mthp.daemon.rules import Settings
 from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
 from mthp.engine.parts import Parts
@@ -37,7 +36,6 @@ from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
-from mthp.tunables import Switches, Tunables
 from mthp.vma import VmaKind
 
 TRIM_DISTANCE = 0.5
@@ -73,9 +71,8 @@ class TargetPass:
     Args:
         environment: state that all targets share.
         pid: PID of the target.
-        settings: settings of the target.
+        level: the target's level of eagerness, with its settings.
         bloat_left: returns the bytes that filling may still add; None for unlimited.
-        smallest: the smallest order to make, if the target may have one as large.
 
     Attributes:
         space: open address space of the target; closed with this.
@@ -91,15 +88,11 @@ class TargetPass:
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        pid: int,
-        settings: Settings,
-        bloat_left: Callable[[], int | None],
-        smallest: int = 0,
+        self, environment: Environment, pid: int, level: EagernessLevel, bloat_left: Callable[[], int | None]
     ) -> None:
         self._environment = environment
-        self._settings, self._smallest = settings, smallest
+        settings = self._settings = level.settings
+        self._smallest = level.smallest
         self.out_of_memory = ""
         self.unadvised = False
         self.reasons: Counter[str] = Counter()
@@ -142,15 +135,14 @@ class TargetPass:
 
     def _choice(self) -> PlanOptions:
         settings = self._settings
-        switches, tunables = governed(self._environment, self._chosen)
         return PlanOptions(
             policy=settings.policy,
             orders=self._orders(),
             max_ptes_none=settings.max_ptes_none,
             max_ptes_swap=settings.max_ptes_swap,
             max_ptes_shared=settings.max_ptes_shared,
-            switches=switches,
-            tunables=tunables,
+            switches=self._environment.switches_for(self._chosen),
+            tunables=self._environment.tunables,
         )
 
     def only_advised(self) -> None:
@@ -161,11 +153,11 @@ class TargetPass:
     @property
     def makes(self) -> frozenset[int]:
         """The orders that the rule's mechanism makes."""
-        return frozenset(order for order, mechanism in self._mechanisms.items() if mechanism is not None)
+        return frozenset(self._mechanisms)
 
     def _orders(self) -> tuple[int, ...] | str:
         orders = self._settings.orders
-        return orders if isinstance(orders, str) else tuple(order for order in orders if order in self._chosen)
+        return orders if isinstance(orders, str) else tuple(sorted(self._chosen))
 
     @property
     def _chosen(self) -> frozenset[int]:
@@ -301,24 +293,6 @@ class TargetPass:
             self._parts.drop()
 
 
-def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches, Tunables]:
-    """Return the effective switches and tunables for a target: sizes that its mechanism does not make are off.
-
-    Args:
-        makes: the orders that the mechanism makes.
-    """
-    sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
-    return replace(environment.switches, sizes=sizes), environment.tunables
-
-
-def decided_by(environment: Environment, makes: Collection[int]) -> object:
-    """Return the part of :func:`governed` that decides the work in a target, for comparison with another time."""
-    switches, tunables = governed(environment, makes)
-    # Both with and without advice, because mappings may have been advised since.
-    sizes = [switches.orders(advised=advised) for advised in (True, False)]
-    return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
-
-
 def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:
     """Return the class of heat of some PMD ranges, 0 to `_HEAT_STEPS`: int64, shape (ranges,); all 0 without heat."""
     classes = np.zeros(len(outline), np.int64)
@@ -345,31 +319,12 @@ def account(
         counters, service: counters of the target.
         space: address space of the target, which hands over its pauses and calls.
     """
-    geometry, size = environment.geometry, environment.geometry.page_size
-    calls, pauses = take_calls(space), take_pauses(space)
+    geometry = environment.geometry
     rule = environment.services.rules.setdefault(service.rule, RuleCounters())
-    work = WorkCounters(scanned_ptes=passage.progress)
-    for attempt in passage.attempts:
-        order, result = attempt.order, attempt.result
-        # A split may leave pages that the collapse filled beside its blocks, also if it fails.
-        added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
-        work.bloat_bytes += added * size
-        rule.bloat_bytes[order] += added * size
-        if result is ScanResult.SUCCEED:
-            work.collapsed[order] += 1
-            work.copied_bytes += attempt.copied * size
-            environment.free.given(order)
-        # A folio that is there already is not a failure.
-        elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
-            work.failed[result] += 1
-            rule.failed[order] += 1
-            # Without a duration the kernel was not called: the admission refused.
-            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
-                environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
-        if order == geometry.pmd_order and attempt.elapsed_ns:
-            calls.append(attempt.elapsed_ns)
-    work.ranges.update(map(ScanResult, passage.results.tolist()))
-    rule.collapsed.update(work.collapsed)
+    work = _work_of(passage, environment, rule)
+    pauses, calls = take_pauses(space), take_calls(space)
+    # Calls for the PMD size are not among those of the space.
+    calls += [one.elapsed_ns for one in passage.attempts if one.order == geometry.pmd_order and one.elapsed_ns]
     for one in (counters, environment.total):
         one.add(work)
         one.stopped.add(pauses)
@@ -388,6 +343,32 @@ def account(
             max_pause_seconds=max(pauses, default=0) / 1e9,
         )
     return made
+
+
+def _work_of(passage: Passage, environment: Environment, rule: RuleCounters) -> WorkCounters:
+    """Return the work of a passage; count it for its rule, and note the orders of which the machine has folios."""
+    size = environment.geometry.page_size
+    work = WorkCounters(scanned_ptes=passage.progress)
+    for attempt in passage.attempts:
+        order, result = attempt.order, attempt.result
+        # A split may leave pages that the collapse filled beside its blocks, also if it fails.
+        added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
+        work.bloat_bytes += added * size
+        rule.bloat_bytes[order] += added * size
+        if result is ScanResult.SUCCEED:
+            work.collapsed[order] += 1
+            work.copied_bytes += attempt.copied * size
+            environment.free.given(order)
+        # A folio that is there already is not a failure.
+        elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
+            work.failed[result] += 1
+            rule.failed[order] += 1
+            # Without a duration the kernel was not called: the admission refused.
+            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
+                environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
+    work.ranges.update(map(ScanResult, passage.results.tolist()))
+    rule.collapsed.update(work.collapsed)
+    return work
 
 
 def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tuple[int, int | None]:

@@ -71,7 +71,12 @@ def unit_text(
     local = metrics is None or metrics[0] == "localhost" or metrics[0] == "::1" or metrics[0].startswith("127.")
     network = "IPAddressDeny=any\nIPAddressAllow=localhost" if local else "# Other machines may read the metrics page."
     writable = "" if events is None or events.is_relative_to(LOGS) else f"ReadWritePaths={events.parent}\n"
-    return f"""\
+    return _UNIT.format(
+        kind=kind, command=command, reasons=reasons, capabilities=capabilities, writable=writable, network=network
+    )
+
+
+_UNIT = """\
 [Unit]
 Description=khugepaged in user space: collapses the memory of chosen processes to large folios
 Documentation=man:mthp-daemon(1)

@@ -21,7 +21,7 @@ from collections import Counter
 from mthp.daemon.eagerness import EagernessLevel
 from mthp.daemon.environment import FIRST_LOOK, SHORTEST_LOOK, Environment, on_grid
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.pass_ import LeftAlone, TargetPass, account, decided_by, give_back
+from mthp.daemon.pass_ import LeftAlone, TargetPass, account, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, PartTurns, Sign, SmallFolios
@@ -64,7 +64,6 @@ HELD_SECONDS = 1.0
 LEFT_OUT_SECONDS = 60.0
 """Seconds after which a process that could not be worked on is tried again."""
 
-
 NOT_EAGER = "its eagerness, at this pressure and free memory, is below 1: nothing is made, and memory is given back"
 
 
@@ -77,7 +76,7 @@ class Target:
         rule: the rule for the process.
 
     Attributes:
-        facts, rule: as given; may be replaced.
+        facts, rule: as given; :meth:`renew` replaces them.
         counters: counters of the work in the process.
         service: counters of its service.
         resident, huge: bytes that are resident, and that PMD entries map, as last read.
@@ -94,8 +93,7 @@ class Target:
         small_folios: small folios that were made, and whether they last.
         forks: children that the process has forked.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
-        vanished: whether the process was found to be gone.
-        closed: whether the target is out of use.
+        vanished, closed: whether the process was found to be gone, and whether the target is out of use.
     """
 
     JSON = (
@@ -153,11 +151,6 @@ class Target:
         return self.level.settings
 
     @property
-    def label(self) -> str:
-        """PID and name."""
-        return f"{self.facts.pid} ({self.facts.comm})"
-
-    @property
     def bloat_left(self) -> int | None:
         """The bytes that filling may still add; None for unlimited."""
         if self.settings.max_bloat is None:
@@ -207,7 +200,7 @@ class Target:
         Most processes have no mapping with room for a PMD range, so that nothing does. One that maps such room later
         changes its size, and has its mappings listed again.
         """
-        return () if self._makes is None else decided_by(self._environment, self._makes)
+        return () if self._makes is None else self._environment.decided_by(self._makes)
 
     def stale(self) -> None:
         """Forget finished ranges, because they were decided under old settings."""
@@ -304,19 +297,16 @@ class Target:
             first = min(FIRST_LIST, longest)
             self._list_interval = first if touched else min(2 * self._list_interval, LAST_LIST * longest)
             self._interval = 0.0 if touched else self._interval
-            self._begin_pass(now, touched, after_fork=after_fork)
+            self._begin_pass(now, touched, after_fork)
         if self._pass is None:
             self._interval = min(max(2 * self._interval, FIRST_LOOK), looks.interval(self), longest)
-            self.next_at = on_grid(
-                min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK)), self._interval
-            )
+            at = min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK))
+            self.next_at = on_grid(at, self._interval)
 
-    def _begin_pass(self, now: float, touched: bool, *, after_fork: bool = False) -> None:
+    def _begin_pass(self, now: float, touched: bool, after_fork: bool) -> None:
         environment = self._environment
         self._count("passes")
-        self._pass = TargetPass(
-            self._environment, self.facts.pid, self.settings, lambda: self.bloat_left, self.level.smallest
-        )
+        self._pass = TargetPass(environment, self.facts.pid, self.level, lambda: self.bloat_left)
         if self._unadvised.rests(now):
             self._pass.only_advised()
         outline = self._pass.outline()
@@ -325,7 +315,7 @@ class Target:
         if now >= self._reach_at:
             self.out_of_reach_bytes = out_of_reach_bytes(self._pass.space)
             self._reach_at = now + REACH_SECONDS
-        self._environment.looks.put(self, eligible=self._pass.eligible)
+        environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
         todo = due & ~outline.pmd_mapped

@@ -299,7 +299,9 @@ class Worker:
             # The main thread learns of the end too, and drops the target.
             target.vanished = True
         except Exception as error:  # an internal error in one target must not stop the others
-            self.environment.say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
+            self.environment.say(
+                f"process {target.facts.pid} ({target.facts.comm}): {error!r}\n{traceback.format_exc()}"
+            )
             self.environment.event_of(target.facts, "error", error=repr(error))
             target.stale()
             target.left_out = f"internal error: {error!r}"

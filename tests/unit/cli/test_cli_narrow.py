@@ -70,7 +70,7 @@ def check(print_it: Print, width: int, capsys: pytest.CaptureFixture[str], monke
 
 
 def figures(text: str) -> Counter[str]:
-    """The words of `text` that have a digit, but for paths and long names, which may be shortened."""
+    """Return the words of `text` that have a digit, but for paths and long names, which may be shortened."""
     return Counter(word for word in re.findall(r"\S*[0-9]\S*", text) if "/" not in word and len(word) < 40)
 
 

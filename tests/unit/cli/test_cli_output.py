@@ -42,7 +42,7 @@ CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
 
 
 def evil_space() -> FakeSpace:
-    """A process with only hostile names."""
+    """Return a process with only hostile names."""
     anon = Vma(BASE, BASE + 2 * PMD, "rw-p", EVIL)
     file = Vma(BASE + 4 * PMD, BASE + 4 * PMD + 8192, "r--p", f"/tmp/{EVIL}", VmaKind.FILE)
     return FakeSpace(

@@ -147,7 +147,7 @@ def test_defaults_hold_for_every_rule_that_does_not_say_otherwise() -> None:
 
 
 def written(directory: Path, **files: str) -> Path:
-    """A directory of a configuration: `main` is mthp.toml, and all else is a file of conf.d."""
+    """Return a directory of a configuration: `main` is mthp.toml, and all else is a file of conf.d."""
     (directory / "conf.d").mkdir()
     for name, contents in files.items():
         (directory / "mthp.toml" if name == "main" else directory / "conf.d" / f"{name}.toml").write_text(contents)
@@ -233,6 +233,11 @@ def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_somethi
     assert capsys.readouterr().out.startswith("1 rules")
     assert main(["daemon", "--policy", "rfc", "--check-config"]) == 2
     assert "etc and --policy are given" in capsys.readouterr().err
+
+
+def test_the_option_for_a_user_takes_any_number_of_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daemon", "--uid", "9" * 5000, "--check-config"]) == 0
+    assert capsys.readouterr().out.startswith("1 rules")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class Stage:
 
 
 def turns(levels: list[float]) -> int:
-    """How often the level changes its direction."""
+    """Return how often the level changes its direction."""
     moves = [step for step in np.diff(levels).tolist() if abs(step) > 1e-9]
     return sum(one * other < 0 for one, other in itertools.pairwise(moves))
 

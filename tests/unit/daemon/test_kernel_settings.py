@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from journal_owners import BEFORE, OUTER, Tunables
 from mthp.daemon.kernel_settings import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.geometry import X86_64
+from mthp.linux.journal.files import JOURNAL_NAME, LOCK_NAME
 from mthp.linux.sysfs import ThpSysfs
 
 
@@ -99,6 +101,49 @@ def test_the_daemon_goes_on_by_what_was_there_before(tunables: Tunables) -> None
     one.close()
     assert number(tunables) == "5"
     assert any("changed since" in line for line in said)
+    knobs.close()
+    loop.close()
+
+
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_another_kept_number_leaves_the_value_from_before_the_first(tunables: Tunables, refreshed: bool) -> None:
+    loop, said = Loop(), list[str]()
+    for name, value in (("max_ptes_swap", 64), ("max_ptes_shared", 256), ("alloc_sleep_millisecs", 1), ("defrag", 1)):
+        tunables.set(name, str(value))
+    (tunables.thp / "enabled").write_text("[always] madvise never\n")
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
+    keeping = Keeping(knobs, loop, said.append, tunables.journal(watched=False))
+    for kept in (0, 64, 3):
+        keeping.keep(kept)
+        assert said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
+        if refreshed:
+            knobs.refresh()
+    (change,) = (json.loads(line) for line in (tunables.root / JOURNAL_NAME).read_text().splitlines())
+    assert (change["was"], change["ours"]) == (BEFORE["max_ptes_none"], "3")
+    # The other tunables are followed while this one is kept.
+    tunables.set("max_ptes_swap", "7")
+    knobs.refresh()
+    assert (knobs.tunables.max_ptes_none, knobs.tunables.max_ptes_swap) == (int(BEFORE["max_ptes_none"]), 7)
+    keeping.close()
+    assert tunables.values() == BEFORE
+    knobs.close()
+    loop.close()
+
+
+def test_a_second_try_reads_the_value_from_before(tunables: Tunables) -> None:
+    loop, said = Loop(), list[str]()
+    journal = tunables.journal(watched=False)
+    journal._lock_timeout = 0.0
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64, tunables.root / LOCK_NAME)
+    keeping = Keeping(knobs, loop, said.append, journal)
+    with tunables.journal(watched=False).settings(OUTER):
+        keeping.keep(7)
+        keeping.keep(7)
+        assert knobs.max_ptes_none == BEFORE["max_ptes_none"]
+    keeping.keep(7)
+    assert said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
+    keeping.close()
+    assert tunables.values() == BEFORE
     knobs.close()
     loop.close()
 

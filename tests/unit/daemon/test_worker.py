@@ -194,7 +194,7 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
     for pid in (1, 2):
         target: Any = stage.add(pid)
         target.settings = Settings(trim=0.5)
-        target.trim_at, target.label = 0.0, str(pid)
+        target.trim_at = 0.0
         target.stale = lambda: None
 
         def trim(target: Any = target, pid: int = pid) -> None:

@@ -35,7 +35,7 @@ FAILURES = [result for result in ScanResult if result is not ScanResult.SUCCEED]
 
 
 def space_of(*fullness: int, geometry: Geometry = X86_64, cls: type[FakeSpace] = FakeSpace, **more: Any) -> FakeSpace:
-    """One mapping. Each number is the count of pages in a PMD range; -1 is a range that is huge already."""
+    """Return one mapping. Each number is the count of pages in a PMD range; -1 is a range that is huge already."""
     n = geometry.ptes_per_pmd
     runs: list[tuple[int, int, int]] = []
     for pages in fullness:
@@ -76,7 +76,7 @@ def everything(space: FakeSpace) -> PteColumns:
 
 
 def coverage_of(space: FakeSpace) -> float:
-    """The share of the pages with contents that PMD entries map, page by page."""
+    """Return the share of the pages with contents that PMD entries map, page by page."""
     resident = [state for state in everything(space).state if state & Pte.PRESENT and not state & Pte.ZERO]
     return sum(1 for state in resident if state & Pte.PMD_MAPPED) / len(resident) if resident else 0.0
 

@@ -23,7 +23,7 @@ FULL = np.ones((2, N), dtype=np.bool_)
 
 
 def pages(*indices: int) -> Plane:
-    """One range of 512 PTEs in which those of `indices` are set."""
+    """Return one range of 512 PTEs in which those of `indices` are set."""
     plane = np.zeros((1, N), dtype=np.bool_)
     plane[0, list(indices)] = True
     return plane

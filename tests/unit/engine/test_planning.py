@@ -51,12 +51,12 @@ FLAGS = ("hg", "nh", "uw", "um", "dp", "io")
 
 
 def filled(vma: Vma, geometry: Geometry = X86_64, state: int = Pte.PRESENT, order: int = 0) -> tuple[Vma, Any, Any]:
-    """A mapping with all pages in one state."""
+    """Return a mapping with all pages in one state."""
     return vma, *page_runs((vma.size // geometry.page_size, state, order))
 
 
 def anon(first: int, count: int, geometry: Geometry = X86_64, **properties: Any) -> Vma:
-    """A mapping of `count` whole PMD ranges, from the `first` one above BASE on."""
+    """Return a mapping of `count` whole PMD ranges, from the `first` one above BASE on."""
     start = BASE + first * geometry.pmd_size
     return Vma(start, start + count * geometry.pmd_size, "rw-p", **properties)
 
@@ -135,7 +135,7 @@ def expected_rows(
 
 @st.composite
 def layouts(draw: st.DrawFn) -> FakeSpace:
-    """A few mappings of a machine with small PMD ranges, aligned or not, close together or not."""
+    """Return a few mappings of a machine with small PMD ranges, aligned or not, close together or not."""
     geometry = draw(st.sampled_from([PPC, geometry_named("s390x")]))
     address = BASE + draw(st.integers(0, 40)) * geometry.page_size
     mappings = []

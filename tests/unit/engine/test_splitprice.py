@@ -37,7 +37,7 @@ def written(layout: list[int], order: int) -> int:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> list[int]:
-    """A layout of 64 pages in aligned folios and base pages."""
+    """Return a layout of 64 pages in aligned folios and base pages."""
     orders: list[int] = []
     while len(orders) < 64:
         at = len(orders)

@@ -48,7 +48,7 @@ class Unadvised(FakeSpace):
 
 
 def space_of(*advised: bool, free: int | None = PLENTY) -> Unadvised:
-    """A mapping of 4 MiB of base pages for each of `advised`."""
+    """Return a mapping of 4 MiB of base pages for each of `advised`."""
     size = 2 * X86_64.pmd_size
     space = Unadvised(
         (

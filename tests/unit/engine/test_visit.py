@@ -38,7 +38,7 @@ def space(
     switches: Switches = ALL_ON,
     fails: dict[int, ScanResult] | None = None,
 ) -> FakeSpace:
-    """One mapping from the first PMD range on, with these pages."""
+    """Return one mapping from the first PMD range on, with these pages."""
     state, order = page_runs(*runs)
     vma = Vma(SIZE, SIZE + len(state) * 4096, "rw-p", flags=frozenset(flags), has_anon_vma=True)
     return FakeSpace(

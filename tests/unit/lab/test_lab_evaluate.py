@@ -21,14 +21,14 @@ RANGE = 2 << 20
 
 
 def space_of(*runs: tuple[int, int, int]) -> FakeSpace:
-    """One mapping of whole PMD ranges."""
+    """Return one mapping of whole PMD ranges."""
     state, folio_order = page_runs(*runs)
     assert len(state) % 512 == 0
     return FakeSpace([(Vma(BASE, BASE + len(state) * 4096, "rw-p"), state, folio_order)])
 
 
 def every_other_sixteen() -> FakeSpace:
-    """One PMD range with only the first ten pages of each run of 16 in its first half."""
+    """Return one PMD range with only the first ten pages of each run of 16 in its first half."""
     runs = [(10, P, 0), (6, 0, ORDER_NONE)] * 16 + [(256, 0, ORDER_NONE)]
     return space_of(*runs)
 

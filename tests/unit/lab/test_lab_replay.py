@@ -21,7 +21,7 @@ PAGE = BASE >> 12
 
 
 def space() -> FakeSpace:
-    """A full PMD range, one with a folio of 16 pages and nothing else, and one that is huge."""
+    """Return a full PMD range, one with a folio of 16 pages and nothing else, and one that is huge."""
     runs = page_runs((512, P, 0), (16, P, 4), (496, 0, ORDER_NONE), (512, P | Pte.PMD_MAPPED, 9))
     return FakeSpace([(Vma(BASE, BASE + 3 * (2 << 20), "rw-p"), *runs)])
 

@@ -159,6 +159,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
     for page in ("tutorial.html", "reference/commands.html", "reference/schemas/plan.json"):
         assert (tmp_path / "site" / page).stat().st_size > 1000
+    for built in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\"> ]+)", built.read_text())
+        assert loaded == [], f"{built.name} loads from another host"
 
 
 def test_every_command_has_a_man_page(tmp_path: Path) -> None:

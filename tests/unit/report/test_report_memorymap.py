@@ -38,7 +38,7 @@ START = 0x7F00_0000_0000
 
 
 def space_of(orders: list[int], start: int = START) -> FakeSpace:
-    """One mapping of pages in folios of `orders`; ORDER_NONE is a hole."""
+    """Return one mapping of pages in folios of `orders`; ORDER_NONE is a hole."""
     order = np.array(orders, np.int8)
     state = np.where(order == ORDER_NONE, 0, int(Pte.PRESENT)).astype(np.uint16)
     return FakeSpace([(Vma(start, start + len(orders) * PAGE, "rw-p", "", VmaKind.ANON), state, order)])

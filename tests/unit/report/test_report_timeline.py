@@ -19,7 +19,7 @@ START = 0x7F00_0000_0000
 
 
 def grown(pages: int) -> FakeSpace:
-    """A process with two huge PMD ranges at its start, and `pages` further pages."""
+    """Return a process with two huge PMD ranges at its start, and `pages` further pages."""
     vma, state, order = mixed(START, 8, 0.5)
     state[:], order[:] = 0, -1
     state[:1024], order[:1024] = Pte.PRESENT | Pte.PMD_MAPPED, 9

@@ -45,7 +45,7 @@ def everything_adds_up(machine: Machine) -> object:
 
 
 def spans(mm: Mm) -> list[tuple[int, int]]:
-    """The mappings, in pages from START."""
+    """Return the mappings, in pages from START."""
     return [((vma.start - START) // PAGE, (vma.end - START) // PAGE) for vma in mm.vmas]
 
 

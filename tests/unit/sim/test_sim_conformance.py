@@ -111,7 +111,7 @@ def test_a_file_without_the_policy_is_refused(tmp_path: Path, text: str | None, 
 
 
 def on_old_kernel(**others: object) -> dict[str, Any]:
-    """A case of 6.12: everything was written before a fork, nothing since, and nothing is shared any more."""
+    """Return a case of 6.12: everything was written before a fork, nothing since, and nothing is shared any more."""
     before = {"before": [["large:4", 16], ["none", 16]], "setup": "fork_child_keeps_only_shared"}
     limits = {"orders_enabled": [5], "max_ptes_none": 31}
     after = {"after": [[4, 16], ["none", 16]], "scan_result": "no_writable_page"}
@@ -255,7 +255,7 @@ def test_two_entries_with_one_slot_are_refused() -> None:
 
 
 def _damaged(chance: random.Random, part: Any, depth: int = 0) -> Any:
-    """The JSON value with one thing in it gone, or made something else."""
+    """Return the JSON value with one thing in it gone, or made something else."""
     junk: list[Any] = [
         None,
         [],

@@ -37,7 +37,7 @@ class Watched(SimulatedKhugepaged):
 
 
 def lived(seed: int, orders: frozenset[int], none: int, budget: int, singly: bool) -> tuple[Machine, Watched]:
-    """A machine with large folios, holes, small pages, sharers and pins, after some passes.
+    """Return a machine with large folios, holes, small pages, sharers and pins, after some passes.
 
     Args:
         singly: run a callback between the steps, which makes the machine scan each range alone.

@@ -20,7 +20,7 @@ START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
 
 
 def machine_with(pages: int, *, swap: int = 0, orders: tuple[int, ...] = (), frames: int = 1024) -> tuple[Machine, Mm]:
-    """A machine of `frames` frames with a program that wrote `pages` pages."""
+    """Return a machine of `frames` frames with a program that wrote `pages` pages."""
     machine = Machine(
         SMALL,
         node_frames=[frames],

@@ -22,11 +22,11 @@ SMALL = Geometry("16-ptes", 4096, 4)
 START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
 
 DIGEST = "f50c9cf60a0b3032b01dc438bae71f43"
-"""Of the life below. A change of the model changes it, which the change has to mean; no machine may."""
+"""Checksum of the run below. A change of the model may change it, if that is intended; another machine must not."""
 
 
 def lived(seed: int = 7) -> str:
-    """A life in which everything happens."""
+    """Run operations of every kind, and return the checksum of the machine."""
     machine = Machine(
         SMALL,
         node_frames=[1024, 1024],

@@ -55,7 +55,7 @@ class Series:
         self.machine.parts.switches = before
 
     def collapses(self) -> list[tuple[int, str]]:
-        """A full scan: order and result of each attempt."""
+        """Run a full scan, and return order and result of each attempt."""
         self.machine.khugepaged.full_scan()
         return self.taken()
 
@@ -67,7 +67,7 @@ class Series:
         return [event.result for event in self.events if isinstance(event, ScanPmd)]
 
     def orders(self) -> list[int]:
-        """The order of the folio of each page of the first PMD range, -1 where none is mapped."""
+        """Return the order of the folio of each page of the first PMD range, -1 where none is mapped."""
         ptes = self.mm.ptes(START, SMALL.ptes_per_pmd)
         found = self.machine.parts.memory.order[np.where(ptes.pages(), ptes.value, 0)]
         return [int(order) if page else -1 for order, page in zip(found, ptes.pages(), strict=True)]

@@ -92,7 +92,7 @@ class Life(RuleBasedStateMachine):
         self.lazy[mm.id] = set()
 
     def mm(self, which: int) -> Mm:
-        """One of the address spaces that there are."""
+        """Return one of the address spaces that there are."""
         return list(self.machine.mms.values())[which % len(self.machine.mms)]
 
     # Accesses.

@@ -18,7 +18,7 @@ START = 2 << 20
 
 
 def refused(machine: Machine, path: str, text: str) -> int | None:
-    """The error number of a write; None if it was accepted."""
+    """Return the error number of a write; None if it was accepted."""
     try:
         machine.sysfs.write(path, text)
     except OSError as error:

@@ -24,7 +24,7 @@ START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
 
 
 def built(orders: set[int], mess: int, scarce: int = 0) -> tuple[Machine, Mm]:
-    """A machine with a program that made some accesses, one by one; no block of order `scarce` is free.
+    """Return a machine with a program that made some accesses, one by one; no block of order `scarce` is free.
 
     Such a machine has no swap, because the pages reclaimed for a block depend on the order of all accesses.
     """
@@ -58,7 +58,7 @@ _PLACES = ("compact_migrate_scanned", "compact_frame")
 
 
 def seen(machine: Machine, mm: Mm) -> dict[str, Any]:
-    """All that two machines can be compared by, without the numbers of frames and the batch of the LRU lists."""
+    """Return all that two machines can be compared by, without the numbers of frames and the batch of the LRU lists."""
     memory = machine.parts.memory
     rows = []
     for table in mm.tables:

@@ -90,7 +90,7 @@ def same(one: Columns, other: Columns) -> bool:
 
 
 def eventful(path: Path) -> tuple[Recorded, list[Columns]]:
-    """A recording of a target in which something of every kind happens, and its columns at every step."""
+    """Return a recording of a target in which something of every kind happens, and its columns at every step."""
     space, clock = space_of(), Clock()
     history = [columns(space)]
 

@@ -37,7 +37,7 @@ HUGE = Pte.PRESENT | Pte.PMD_MAPPED
 
 
 def process() -> FakeSpace:
-    """A small process with something of everything."""
+    """Return a small process with something of everything."""
     heap = Vma(
         HEAP + 3 * PAGE, HEAP + 3 * PMD, "rw-p", "[heap]", flags=frozenset({"rd", "wr", "hg"}), has_anon_vma=True
     )

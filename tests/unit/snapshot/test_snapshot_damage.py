@@ -49,7 +49,7 @@ def rewritten(
     columns: Mapping[str, Any] | None = None,
     text: str | None = None,
 ) -> Path:
-    """A copy of the file with its description edited or replaced by `text`, and columns replaced."""
+    """Return a copy of the file with its description edited or replaced by `text`, and columns replaced."""
     path = whole.with_name("rewritten.parquet")
     description = json.loads(pq.read_metadata(whole).metadata[b"mthp.snapshot"])
     if edit:

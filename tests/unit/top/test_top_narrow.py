@@ -99,7 +99,7 @@ def drive(
 
 
 def seen(app: TopApp) -> list[str]:
-    """The lines that are on the screen."""
+    """Return the lines that are on the screen."""
     lines: dict[str, dict[int, str]] = {}
     pattern = r'<text[^>]* x="([0-9.]+)" y="([0-9.]+)"[^>]*>(.*?)</text>'
     for x, y, text in re.findall(pattern, app.export_screenshot()):

@@ -211,7 +211,7 @@ _STATES = (
 
 
 def plainly(pages: list[tuple[int, int]], order: int, *, special: bool, fill: bool) -> BlockRefusal:
-    """The same verdict by loops, for pages of (state, folio order) without frame numbers."""
+    """Return the same verdict by loops, for pages of (state, folio order) without frame numbers."""
     states = [state for state, _ in pages]
     held = [folio for state, folio in pages if state & Pte.PRESENT and not state & Pte.ZERO]
     if special:

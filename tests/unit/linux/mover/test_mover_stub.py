@@ -29,7 +29,7 @@ LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
 
 
 def assembled(source: Path, name: str, directory: Path) -> bytes:
-    """The text section of an assembler file for the machine `name`; skips the test where no tool can make it."""
+    """Return the text section of an assembler file for the machine `name`; skips the test where no tool can make it."""
     prefixes = (f"{name.replace('_', '-')}-linux-gnu-", f"{name}-linux-gnu-", "")
     for prefix in prefixes:
         # The C compiler knows macros of the preprocessor, which the assembler does not; without any, that will do.
