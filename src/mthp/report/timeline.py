@@ -26,7 +26,8 @@ class Moment:
         resident: all resident bytes, files included.
         anonymous: resident anonymous memory.
         huge: anonymous memory that PMD entries map.
-        large: anonymous memory in folios above the base page.
+        large: anonymous memory in aligned blocks above the base page, as the hardware uses them
+            (:class:`mthp.metrics.Coverage`): less than its folios where they are mapped unaligned or in part.
     """
 
     seconds: float
@@ -119,7 +120,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
     coverage = chart(
         "Coverage over time",
         "Share of the anonymous memory that is resident at each moment.",
-        [Series(f"mapped as {pmd}", huge, joined=True), Series(f"in folios above {base}", large, joined=True)],
+        [Series(f"mapped as {pmd}", huge, joined=True), Series(f"in aligned blocks above {base}", large, joined=True)],
         x_name="seconds",
         y_name="% of the anonymous memory",
         y_unit="%",

@@ -48,6 +48,17 @@ def test_coverage_and_memory_are_drawn_over_time() -> None:
     assert "4M 4K pages" in strip.after.summary
 
 
+def test_large_memory_is_counted_in_aligned_blocks() -> None:
+    """A folio that is not mapped at a multiple of its size has smaller blocks, which the hardware uses."""
+    vma, state, order = mixed(START, 1, 0.5)
+    state[:], order[:] = 0, -1
+    # A folio of order 1 at an odd page.
+    state[1:3], order[1:3] = Pte.PRESENT, 1
+    timeline = gather([(0.0, FakeSpace([(vma, state, order)]))])
+    assert [(moment.anonymous >> 12, moment.large) for moment in timeline.moments] == [(2, 0)]
+    assert section(timeline).charts[0].series[1].name == "in aligned blocks above 4K"
+
+
 def test_one_step_is_a_recording_too() -> None:
     timeline = gather([(0.0, grown(3))], "it was cut off")
     page = html_of(report_on(Source(grown(3), "then", timeline=timeline), PlanOptions(), []))
