@@ -153,18 +153,19 @@ def _figures(census: Census, plan: SpacePlan, after: Census | None) -> tuple[Fig
     figures = [Figure(format_size(resident), "resident", f"{format_size(anon)} of it anonymous")]
     if after is not None:
         grown = (after.total.resident - census.total.resident) * geometry.page_size
+        share = f"{percent(grown / resident)} of the resident memory before" if resident else "from nothing resident"
         return (
             *figures,
             Figure(percent(_covered(census)), f"{pmd} pages before", "of the anonymous memory"),
             Figure(percent(_covered(after)), f"{pmd} pages afterwards", "of the anonymous memory"),
-            Figure(format_size(grown), "grown", f"{percent(grown / resident)} of the resident memory before"),
+            Figure(format_size(grown), "grown", share),
         )
-    share = plan.filled_bytes / resident if resident else 0.0
+    share = percent(plan.filled_bytes / resident if resident else 0.0)
     return (
         *figures,
         Figure(percent(plan.before.share(geometry.pmd_order)), f"{pmd} pages now", "of the anonymous memory"),
         Figure(percent(plan.after.share(geometry.pmd_order)), f"{pmd} pages with the plan", f"policy {plan.policy}"),
-        Figure(format_size(plan.filled_bytes), "would be added", f"{percent(share)} of the resident memory"),
+        Figure(format_size(plan.filled_bytes), "would be added", f"{share} of the resident memory"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from fakes import FakeSpace
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
 from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section
 from mthp.report.gather import Source, report_on
 from mthp.report.page import html_of, write
-from report_spaces import HOSTILE, hostile, redis_like
+from report_spaces import HOSTILE, hostile, mixed, redis_like
 
 pytest.importorskip("jinja2")
 
@@ -129,6 +131,15 @@ def test_a_process_without_memory_is_told_in_words() -> None:
     assert document.verdict.startswith("Nothing is resident")
     assert document.sections == ()
     html_of(document)
+
+
+def test_a_process_that_was_wholly_swapped_out_before() -> None:
+    vma, state, order = mixed(1 << 32, 2, 0.6)
+    order[:] = ORDER_NONE
+    before = FakeSpace([(vma, np.full_like(state, Pte.SWAP), order)])
+    after = FakeSpace([mixed(1 << 32, 2, 0.6)])
+    text = Tags(html_of(report_on(Source(before, "then", after), PlanOptions(), []))).text
+    assert "from nothing resident" in text
 
 
 def test_a_report_is_written_whole_and_replaces_nothing_unasked(tmp_path: Path) -> None:
