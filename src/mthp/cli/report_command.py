@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
 from mthp.files import check_output
 from mthp.report.document import Command
-from mthp.targets import open_target, pid_of
+from mthp.targets import open_target, pid_of, resolve
 from mthp.units import format_size
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def command(
 ) -> None:
     """Write one HTML page on FILE: its address space, the effect of each policy on it, and the price.
 
-    FILE is a snapshot, a recording, a PID for a quick view, the output of `mthp compare --json`, or the file of `mthp
-    sweep` or `mthp simulate`. The page is complete in itself: it loads nothing and runs no script. It holds no contents
-    of memory, no environment, and no arguments unless requested.
+    FILE is a snapshot, a recording, a PID or name of a process for a quick view, the output of `mthp compare --json`,
+    or the file of `mthp sweep` or `mthp simulate`. The page is complete in itself: it loads nothing and runs no script.
+    It holds no contents of memory, no environment, and no arguments unless requested.
     """
     from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
@@ -88,8 +88,10 @@ def command(
 
     # What may fail without any work fails first.
     check_output(output, overwrite=force)
+    # A name of a process is its PID from here on.
+    file = str(resolve(file))
     pid = pid_of(file)
-    if after is not None and pid_of(after) is not None:
+    if after is not None and pid_of(resolve(after)) is not None:
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
     arguments = _arguments(pid) if with_arguments else ""
     load_template()
@@ -109,9 +111,9 @@ def command(
     else:
         with (
             still(file, at, hidden=as_json) as (space, recorded_at),
+            nullcontext() if after is None else open_target(after) as later,
             progress_bar("reporting", hidden=as_json) as progress,
         ):
-            later = None if after is None else open_target(after)
             source = Source(space, recorded_at, later, arguments, None if pid is not None else _timeline(file))
             document = report_on(
                 source,

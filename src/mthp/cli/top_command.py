@@ -15,7 +15,7 @@ from mthp.cli.options import SHARE, plan_options, planned
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules
 from mthp.errors import MthpError, UnsupportedError
-from mthp.targets import open_target, pid_of, refuse_ancestor
+from mthp.targets import open_target, pid_of, refuse_ancestor, resolve
 
 
 @click.command("top")
@@ -31,8 +31,8 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
 def command(target: str | None, cpu: float, **options: Any) -> int:
     """Show processes by the gain of a collapse, and keep the table up to date.
 
-    With a TARGET (a PID, a snapshot, a recording) show its mappings; keys step through a recording in time. The key ?
-    lists the keys. A collapse begins after a confirmation, runs beside the screen, and can be stopped.
+    With a TARGET (a PID, a name, a snapshot, a recording) show its mappings; keys step through a recording in time. The
+    key ? lists the keys. A collapse begins after a confirmation, runs beside the screen, and can be stopped.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UnsupportedError("top needs a terminal", help="in scripts use: mthp inspect TARGET --json")
@@ -62,7 +62,8 @@ def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
     from mthp.top.mapped import Mapped
     from mthp.top.survey import Survey
 
-    chosen = "self" if target is None else target
+    # A name of a process is its PID from here on.
+    chosen = str(resolve("self" if target is None else target))
     with open_target(chosen) as space:
         geometry, title, switches = space.geometry, space.label, _switches(space)
         # Fail now, where the error is readable, and not on every row.
@@ -72,10 +73,10 @@ def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
         survey = Survey(options, cpu)
         survey.start()
         return View("mthp top", survey, geometry, options, _opened_to_collapse, daemon_status, switches)
-    pid = pid_of(target)
-    steps = () if pid is not None else _steps(target)
+    pid = pid_of(chosen)
+    steps = () if pid is not None else _steps(chosen)
     mapped = Mapped(
-        lambda step: open_target(target, at=None if step is None else str(step)),
+        lambda step: open_target(chosen, at=None if step is None else str(step)),
         options,
         cpu=cpu,
         steps=steps,
