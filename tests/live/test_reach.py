@@ -220,7 +220,7 @@ def collapsed(space: Counted) -> float:
 
 
 @contextlib.contextmanager
-def fragmented(target: Actor, seed: int) -> Iterator[None]:
+def fragmented(target: Actor, seed: int, thp_switches: ThpSwitches) -> Iterator[None]:
     """Give a target small pages and huge ones with zeroes, among the pages of a program that fills the machine."""
     chance = random.Random(seed)
     kept = chance.choice([4, 8, 16]) * MIB
@@ -239,8 +239,10 @@ def fragmented(target: Actor, seed: int) -> Iterator[None]:
     address = target.map((huge + ranges) * PMD_SIZE)
     start = address + huge * PMD_SIZE
     if huge:
+        thp_switches.only(f"{PMD_SIZE >> 10}kB")
         target.tell("madvise", address, huge * PMD_SIZE, MADV_HUGEPAGE)
         target.write(address, 20 * huge, PMD_SIZE // PAGE_SIZE // 20)
+        thp_switches.only()
 
     def fill() -> None:
         for at in range(ranges):
@@ -267,8 +269,8 @@ def fragmented(target: Actor, seed: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(STATES))
 @pytest.mark.usefixtures("small_machine")
-def test_what_is_predicted_of_fragmented_memory_is_reached(target: Actor, seed: int) -> None:
-    with fragmented(target, seed), Counted(Process(target.pid)) as space:
+def test_what_is_predicted_of_fragmented_memory_is_reached(target: Actor, seed: int, thp_switches: ThpSwitches) -> None:
+    with fragmented(target, seed, thp_switches), Counted(Process(target.pid)) as space:
         plan = plan_space(space, PMD_PLAN)
         # The first makes this process as large as it will be.
         reach = [reach_of(space, plan, MEANS) for _ in range(2)][1]

@@ -119,7 +119,10 @@ class Packing:
                 continue
             compactions += 1
             most = min(most, max(made, bounds.compacted))
-            self._compact(order)
+            # The kernel first leaves out blocks in which a page stays (COMPACT_PRIO_ASYNC, mm/compaction.c).
+            self._compact(order, everywhere=False)
+            if not sum(self._able(order)):
+                self._compact(order, everywhere=True)
             if compactions > MOST_COMPACTIONS or not sum(self._able(order)):
                 break
         return made
@@ -167,29 +170,30 @@ class Packing:
         sums = np.bincount(self._blocks.zone, self._free, len(self._zones)) * self._blocks.weight
         return [int(pages) - zone.kept for pages, zone in zip(sums.tolist(), self._zones, strict=True)]
 
-    def _compact(self, order: int) -> None:
+    def _compact(self, order: int, *, everywhere: bool) -> None:
         """Compact the zones with two folios of `order` free beyond what is kept (compact_gap(), mm/internal.h)."""
         for zone, spare in enumerate(self._spare_by_zone()):
             rows = np.flatnonzero(self._blocks.zone == zone)
             if len(rows) and spare >= 2 << order:
-                self._compact_zone(slice(rows[0], rows[-1] + 1))
+                self._compact_zone(slice(rows[0], rows[-1] + 1), everywhere=everywhere)
 
-    def _compact_zone(self, zone: slice) -> None:
-        """Move pages up until the scanners meet."""
+    def _compact_zone(self, zone: slice, *, everywhere: bool) -> None:
+        """Move pages up until the scanners meet: out of all blocks, or of those alone in which no page stays."""
         free, movable = self._free[zone], self._movable[zone]
+        leaving = movable if everywhere else np.where(self._sure[zone] > 0, movable, 0.0)
         # Pages are not moved to blocks that are free already.
         room = np.where(self._target[zone], free, 0.0) * np.where(movable < _NONE, 1.0 - self._sure[zone], 1.0)
-        below = np.concatenate(([0.0], np.cumsum(movable)))
+        below = np.concatenate(([0.0], np.cumsum(leaving)))
         above = np.concatenate((np.cumsum(room[::-1])[::-1], [0.0]))
         met = int(np.flatnonzero(below <= above)[-1])
         # The highest free pages are used first.
         higher = above[met + 1 :]
         used = np.clip(below[met] - higher, 0.0, room[met:])
         for pages in self._own.values():
-            moved = np.minimum(pages[zone][:met], movable[:met])
+            moved = np.minimum(pages[zone][:met], leaving[:met])
             pages[zone][:met] -= moved
             pages[zone][met:] += moved.sum() / max(below[met], 1.0) * used
-        free[:met] += movable[:met]
-        movable[:met] = 0.0
+        free[:met] += leaving[:met]
+        movable[:met] -= leaving[:met]
         movable[met:] += used
         free[met:] -= used

@@ -136,9 +136,9 @@ def test_a_page_that_stays_keeps_its_block_from_becoming_a_folio() -> None:
     work, memory = steps(3, 5), free(90, kept=-90)
     # The scanners meet after two blocks, in which a page stays.
     assert compacted(work, memory, packing(memory, *[(4, 3)] * 4)) == (0, {Limit.FOLIOS})
-    # Free pages above the meeting point are of use, and those below it are lost.
+    # Free pages beside it are of use above the block that is emptied, and lost below.
     assert compacted(work, memory, packing(memory, (4, 4), (4, 4), *[(4, 3)] * 2)) == (2, {Limit.FOLIOS})
-    assert compacted(work, memory, packing(memory, *[(4, 3)] * 2, (4, 4), (4, 4))) == (0, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *[(4, 3)] * 2, (4, 4), (4, 4))) == (1, {Limit.FOLIOS})
     # Pages are not moved to blocks of the kernel alone.
     assert compacted(work, memory, packing(memory, (4, 4), (4, 4), (4, 0), (4, 0))) == (1, {Limit.FOLIOS})
 
