@@ -77,21 +77,18 @@ class Target:
 
     Attributes:
         facts, rule: as given; :meth:`renew` replaces them.
-        counters: counters of the work in the process.
-        service: counters of its service.
+        counters, service: counters of the work in the process, and of its service.
         resident, huge: bytes that are resident, and that PMD entries map, as last read.
         folio_pages: present pages by the order of their folio, in ranges where folios may be made, as last read.
         trimmable_bytes: bytes of zeroes that the last trim found and left; None before the first.
-        next_at: time of the next step.
+        next_at, trim_at: times of the next step and of the next trim.
         turn: place in the worker's queue.
-        trim_at: time of the next trim.
         left_out: reason for which the process is not worked on, or ``""``.
         reasons: reasons of the backend for the last failed attempts, with the number of times.
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
         level: the current level of eagerness.
-        small_folios: small folios that were made, and whether they last.
-        forks: children that the process has forked.
+        small_folios, forks: small folios that were made and whether they last, and children of the process.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished, closed: whether the process was found to be gone, and whether the target is out of use.
     """
@@ -153,9 +150,8 @@ class Target:
     @property
     def bloat_left(self) -> int | None:
         """The bytes that filling may still add; None for unlimited."""
-        if self.settings.max_bloat is None:
-            return None
-        return self.settings.max_bloat.of(self.resident) - self.counters.bloat_bytes
+        most = self.settings.max_bloat
+        return None if most is None else most.of(self.resident) - self.counters.bloat_bytes
 
     @property
     def gain(self) -> int:
@@ -176,8 +172,7 @@ class Target:
     @property
     def touched_now(self) -> bool:
         """Whether its memory is being worked on at this moment; callable from any thread."""
-        current = self._pass
-        return current is not None and current.touching
+        return (current := self._pass) is not None and current.touching
 
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule, and scan everything again."""
@@ -229,11 +224,10 @@ class Target:
                 self._look()
             else:
                 self._work(self._pass)
-        except TargetVanishedError:
-            self.end_pass()
-            raise
         except MthpError as error:
             self.end_pass()
+            if isinstance(error, TargetVanishedError):
+                raise
             self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
 
     def _held_back(self) -> str:
@@ -285,18 +279,17 @@ class Target:
         self.resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
         # Copy-on-write of folios below the PMD order does not change the layout, so every range is due.
-        after_fork = self.forks.take_over()
-        if after_fork:
+        if after_fork := self.forks.take_over():
             self._ledger.forget()
         touched = sign != self._seen or after_fork
         if touched:
             self._parts.changed()
+            self._interval = 0.0
         parts_due = self.settings.small and self._parts.due(now)
         if touched or parts_due or now >= min(self._list_at, self._ledger.next_retry()):
             self._seen = sign
-            first = min(FIRST_LIST, longest)
-            self._list_interval = first if touched else min(2 * self._list_interval, LAST_LIST * longest)
-            self._interval = 0.0 if touched else self._interval
+            most = LAST_LIST * longest
+            self._list_interval = min(FIRST_LIST, longest) if touched else min(2 * self._list_interval, most)
             self._begin_pass(now, touched, after_fork)
         if self._pass is None:
             self._interval = min(max(2 * self._interval, FIRST_LOOK), looks.interval(self), longest)
