@@ -31,6 +31,7 @@ BASE, PAGES, CALLS = 1 << 36, 16, 60
 PAGE = os.sysconf("SC_PAGESIZE")
 NAMES = ["map"] * 3 + ["write"] * 3 + ["mprotect", "mremap"] * 2 + ["munmap", "madvise", "read", "fork"]
 
+# Before 7.0 what DONTUNMAP leaves may merge with what it moved, which the simulated machine does not do.
 RELEASE = tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2]))
 
 Call = list[Any]
@@ -98,7 +99,8 @@ def random_call(rng: random.Random, mappings: list[Call]) -> Call | None:
     if name == "madvise":
         return [name, first, last, rng.choice(list(mapping_calls.ADVICE))]
     if name == "mremap":
-        return [name, first, last, rng.randrange(PAGES - (last - first) + 1), rng.random() < 0.3]
+        leave = rng.random() < 0.3 and RELEASE >= (7, 0)
+        return [name, first, last, rng.randrange(PAGES - (last - first) + 1), leave]
     return [name, first, last]
 
 
@@ -117,4 +119,4 @@ def test_mappings_are_as_in_the_kernel(seed: int) -> None:
             made.append(call)
             process.stdin.write(json.dumps(call) + "\n")
             process.stdin.flush()
-            assert simulated.answer(*call) == json.loads(process.stdout.readline()), made
+            assert simulated.answer(*call) == json.loads(process.stdout.readline()), json.dumps(made)

@@ -260,13 +260,13 @@ class Mm:
         self._vmas.insert(bisect_right(self._vmas, vma.start, key=lambda other: other.start), after)
         return True
 
-    def merge_vmas(self, start: int, end: int) -> None:
-        """Merge neighbours in a range, and at its edges, that do not differ (vma_merge)."""
+    def merge_vmas(self, start: int, end: int, apart: SimVma | None = None) -> None:
+        """Merge neighbours in a range, and at its edges, that do not differ (vma_merge), except with `apart`."""
         # From the mapping before the range: it may merge with the first one inside.
         at = max(bisect_right(self._vmas, start, key=lambda vma: vma.end) - 1, 0)
         while at + 1 < len(self._vmas) and self._vmas[at].end <= end:
             here, after = self._vmas[at], self._vmas[at + 1]
-            if here.end == after.start and here.alike(after):
+            if here.end == after.start and here.alike(after) and apart not in (here, after):
                 here.end = after.end
                 here.anon_vma = here.anon_vma or after.anon_vma
                 del self._vmas[at + 1]

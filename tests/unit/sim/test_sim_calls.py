@@ -431,3 +431,10 @@ def test_memory_that_is_read_only_before_its_first_write_is_not_accounted(machin
     assert [vma.accounted for vma in mm.vmas] == [True, False]
     assert machine.mprotect(mm, 2 * END, 2 * END + SIZE, "rw-") == 0
     assert [vma.accounted for vma in mm.vmas] == [True, True]
+
+
+def test_what_dontunmap_leaves_stays_apart_from_what_it_moved(machine: Machine, mm: Mm) -> None:
+    flags, new = Remap.MAYMOVE | Remap.FIXED | Remap.DONTUNMAP, 2 * END
+    machine.map(mm, new, new + 2 * SIZE)
+    assert machine.mremap(mm, new + SIZE, new + 2 * SIZE, SIZE, flags, new - SIZE) == new - SIZE
+    assert [(vma.start, vma.end) for vma in mm.vmas][1:] == [(new - SIZE, new), (new, new + 2 * SIZE)]

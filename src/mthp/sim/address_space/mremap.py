@@ -128,7 +128,8 @@ def _move(
     else:
         mm.remove_vmas(start, end)
     # Only there: what DONTUNMAP leaves is not compared with its neighbours.
-    mm.merge_vmas(to, to + size)
+    # Nor is the new mapping merged with the one that it left, as recorded on 7.3; 6.18 did merge the two.
+    mm.merge_vmas(to, to + size, apart=vma if flags & Remap.DONTUNMAP else None)
     return to
 
 
