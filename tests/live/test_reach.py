@@ -23,6 +23,7 @@ from mthp.engine.collapse import carry_out
 from mthp.engine.planning import plan_space
 from mthp.engine.reached import reach_of
 from mthp.engine.select import PlanOptions
+from mthp.engine.space_plan import SpacePlan
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.linux.headroom import parse_meminfo
 from mthp.linux.live import LiveAddressSpace
@@ -208,13 +209,13 @@ def covered(space: LiveAddressSpace, *, without: int = 0) -> float:
     return (now.pages[PMD_ORDER] - (without << PMD_ORDER)) / now.pages[0]
 
 
-def collapsed(space: Counted) -> float:
-    """Compact memory and collapse, as often as that makes folios: the coverage then."""
+def collapsed(space: Counted, plan: SpacePlan) -> float:
+    """Compact memory and carry out a plan, as often as that makes folios: the coverage then."""
     made = -1
     while made:
         Path("/proc/sys/vm/compact_memory").write_text("1")
         space.begin(fast=False)
-        report = carry_out(space, plan_space(space, PMD_PLAN), MEANS)
+        report = carry_out(space, plan, MEANS)
         made = report.tally(PMD_ORDER).made if report.tally(PMD_ORDER).failed else 0
     return covered(space)
 
@@ -278,12 +279,12 @@ def test_what_is_predicted_of_fragmented_memory_is_reached(target: Actor, seed: 
         carry_out(space, plan, MEANS)
         ways = {
             "now": (reach.now, covered(space, without=space.slow)),
-            "compacted": (reach.compacted, collapsed(space)),
+            "compacted": (reach.compacted, collapsed(space, plan)),
         }
         # Without large folios there is nothing to trim.
         if reach.trimmed.coverage is not None and plan.before.pages[PMD_ORDER]:
             trim_space(space, TrimOptions())
-            ways["trimmed"] = (reach.trimmed, collapsed(space))
+            ways["trimmed"] = (reach.trimmed, collapsed(space, plan))
         for way, (said, coverage) in ways.items():
             print(f"REACH {seed} {way} {said.coverage} {coverage} {plan.coverage_after} {said.limit}")
         for way, (said, coverage) in ways.items():

@@ -29,6 +29,9 @@ _NONE = 0.5
 _ALIKE = 4
 """Unknown pages of a block that are taken to be unknown independently: those of one program lie together."""
 
+_FEW = 4
+"""Unknown pages of a block up to which they count as listed, which are scattered: the kernel's own lie together."""
+
 _ROUNDED = 1e-3
 """Share of a folio by which sums of fractions may miss it."""
 
@@ -78,16 +81,12 @@ class Packing:
     ) -> None:
         self._zones, self._blocks = free.zones, blocks
         size = 1 << blocks.order
-        listed = np.array([zone.listed for zone in free.zones], np.float64) / blocks.weight
-        # Blocks with the kernel's pages alone hardly hold pages from the lists of processors.
-        mixed = blocks.free + blocks.movable > 0
-        unknown = np.bincount(blocks.zone[mixed], blocks.unknown[mixed], len(listed))
-        share = np.minimum(1.0, listed / np.maximum(unknown, 1.0))[blocks.zone] * mixed
         stays = size - blocks.free - blocks.movable - blocks.unknown
-        self._free: Amounts = blocks.free + share * blocks.unknown
+        listed = _listed(free, blocks)
+        self._free: Amounts = blocks.free + listed * blocks.unknown
         self._movable: Amounts = blocks.movable.astype(np.float64)
         # The probability that no page of a block stays.
-        self._sure: Amounts = np.where(stays > 0, 0.0, share ** np.minimum(blocks.unknown, _ALIKE))
+        self._sure: Amounts = np.where(stays > 0, 0.0, listed ** np.minimum(blocks.unknown, _ALIKE))
         if trimmed is not None:
             self._free += trimmed.gains
             left = np.maximum(self._movable - trimmed.gains, trimmed.pages - trimmed.gains)
@@ -197,3 +196,17 @@ class Packing:
         movable[:met] -= leaving[:met]
         movable[met:] += used
         free[met:] -= used
+
+
+def _listed(free: FreeMemory, blocks: MemoryBlocks) -> Amounts:
+    """Return the probability that the unknown pages of each block are in lists of processors: shape (blocks,)."""
+    # A block with the kernel's pages alone hardly has any of these.
+    mixed = (blocks.free + blocks.movable > 0) & (blocks.unknown > 0)
+    listed = np.zeros(len(mixed))
+    for number, zone in enumerate(free.zones):
+        rows = np.flatnonzero(mixed & (blocks.zone == number))
+        rows = rows[np.argsort(blocks.unknown[rows], kind="stable")]
+        unknown, pages = blocks.unknown[rows], zone.listed / blocks.weight
+        listed[rows] = min(1.0, pages / max(1, int(unknown.sum())))
+        listed[rows[(unknown <= _FEW) & (np.cumsum(unknown) <= pages)]] = 1.0
+    return listed

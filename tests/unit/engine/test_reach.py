@@ -143,6 +143,19 @@ def test_a_page_that_stays_keeps_its_block_from_becoming_a_folio() -> None:
     assert compacted(work, memory, packing(memory, (4, 4), (4, 4), (4, 0), (4, 0))) == (1, {Limit.FOLIOS})
 
 
+def test_unknown_pages_are_free_if_they_are_few_and_the_lists_of_processors_hold_as_many() -> None:
+    work, numbers, zero = steps(3, 5), np.arange(4), np.zeros(4, np.int64)
+
+    def with_listed(listed: int, *unknown: int) -> int:
+        memory = FreeMemory((FreeZone((90,), -90, listed=listed),))
+        columns = (np.full(4, 4, np.int64), 4 - np.array(unknown), np.array(unknown))
+        blocks = MemoryBlocks(3, numbers, zero.astype(np.int8), *columns)
+        return compacted(work, memory, Packing(memory, blocks, {3: zero.astype(np.float64)}))[0]
+
+    assert with_listed(2, 1, 1, 0, 0) == 2
+    assert with_listed(0, 1, 1, 1, 1) == 0
+
+
 def test_a_sample_stands_for_the_memory_of_the_machine() -> None:
     work, memory = steps(3, 50), free(900, kept=-900)
     assert compacted(work, memory, packing(memory, *[(4, 4)] * 4, weight=10)) == (20, {Limit.FOLIOS})
