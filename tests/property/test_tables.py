@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -93,6 +93,7 @@ def _shows(line: str, name: str) -> bool:
 
 
 @given(tables())
+@example(Table("", ["head"], [("",)], names={0}))
 def test_wide_enough_every_row_is_one_line(table: Table) -> None:
     heads, lines = table.laid_out(1 << 16)
     assert len(heads) == 1

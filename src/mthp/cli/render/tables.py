@@ -83,10 +83,12 @@ class Table:
 
         Only a figure that is longer than `width` itself makes a longer line.
         """
+        used = [at for at in range(len(self.columns)) if at in self.right or any(row[at] for row in self.rows)]
+        # One column stays, for the lines of the rows.
+        shown = (used or [0]) if self.rows else range(len(self.columns))
         columns = [
-            _Column(clean(head), [clean(row[index]) for row in self.rows], index in self.right, index in self.names)
-            for index, head in enumerate(self.columns)
-            if index in self.right or not self.rows or any(row[index] for row in self.rows)
+            _Column(clean(self.columns[at]), [clean(row[at]) for row in self.rows], at in self.right, at in self.names)
+            for at in shown
         ]
         beside = _beside(columns, width)
         widths = _widths(columns[:beside], width)
