@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mthp.lab import tlb
 from mthp.lab.tlb import PROCESSORS, Processor, Structure, Tlb, lru_misses
 from strategies import examples
 
@@ -45,10 +44,8 @@ def test_contents_stay_from_one_chunk_to_the_next(data: st.DataObject, chunk: in
     whole, first = plain_misses(pages, 4, 2), []
     second = plain_misses([page for page, missed in zip(pages, whole, strict=True) if missed], 8, 4)
     first += whole
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tlb, "CHUNK", chunk)
-        model = Tlb(processor, 4096)
-        model.access(np.array(pages, np.int64), np.zeros(len(pages), np.int8), np.zeros(len(pages), np.bool_))
+    model = Tlb(processor, 4096, chunk)
+    model.access(np.array(pages, np.int64), np.zeros(len(pages), np.int8), np.zeros(len(pages), np.bool_))
     assert model.counts.misses == (sum(first), sum(second))
     assert model.counts.walks == sum(second)
 

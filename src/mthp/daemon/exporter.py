@@ -255,6 +255,7 @@ class BoundedServer(WSGIServer):
         port: port to listen at; 0 for any.
         application: the WSGI application.
         entered: called first in each thread that serves.
+        connection_seconds: seconds after which a connection is ended.
 
     Raises:
         OSError: the server cannot listen at the address.
@@ -263,7 +264,13 @@ class BoundedServer(WSGIServer):
     request_queue_size = 128
 
     def __init__(
-        self, host: str, port: int, application: Callable[..., Any], entered: Callable[[], None] = lambda: None
+        self,
+        host: str,
+        port: int,
+        application: Callable[..., Any],
+        entered: Callable[[], None] = lambda: None,
+        *,
+        connection_seconds: float = CONNECTION_SECONDS,
     ) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
@@ -271,6 +278,7 @@ class BoundedServer(WSGIServer):
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._turn = threading.Lock()
         self._open: dict[socket.socket, float] = {}
+        self._connection_seconds = connection_seconds
         super().__init__((str(address[0]), int(address[1])), _Handler)
         self.set_app(application)
 
@@ -320,7 +328,7 @@ class BoundedServer(WSGIServer):
         """End connections that take too long; called every half second."""
         with self._turn:
             for request, since in self._open.items():
-                if time.monotonic() - since > CONNECTION_SECONDS:
+                if time.monotonic() - since > self._connection_seconds:
                     _shut(request)
 
 

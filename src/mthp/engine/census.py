@@ -200,13 +200,19 @@ class Census(Tabular):
 
 
 def take_census(
-    space: AddressSpace, progress: Progress | None = None, *, nodes: bool = False, zero_filled: bool = False
+    space: AddressSpace,
+    progress: Progress | None = None,
+    *,
+    nodes: bool = False,
+    zero_filled: bool = False,
+    block_pages: int = BLOCK_PAGES,
 ) -> Census:
     """Count the pages of `space`.
 
     Args:
         nodes: also read on which NUMA nodes the pages of each mapping lie.
         zero_filled: also read the contents of anonymous mappings, and count the pages that contain only zeroes.
+        block_pages: most entries to read at a time, in whole PMD ranges.
 
     Raises:
         TargetVanishedError: the process exited in the meantime.
@@ -223,7 +229,7 @@ def take_census(
         counts = _Counts(mapped, space.geometry)
         segments = space.populated(mapped, page_size)
         size, done = sum(end - start for start, end in segments), 0
-        for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
+        for block in in_range_blocks(segments, space.geometry, block_pages * page_size):
             counts.add(space.read(block))
             done += sum(end - start for start, end in block)
             if progress is not None:

@@ -46,11 +46,14 @@ def plan_space(
     options: PlanOptions,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
+    *,
+    block_ranges: int = BLOCK_PMD_RANGES,
 ) -> SpacePlan:
     """Plan the collapse of `space`.
 
     Args:
         stop: called while heat is measured; once it returns True the plan uses the heat seen until then.
+        block_ranges: most PMD ranges to read and plan at a time.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
@@ -81,7 +84,7 @@ def plan_space(
 
     # Every entry is read once: planning and measuring share the columns.
     for job, segments in todo:
-        for block in blocks_of(job, segments, space.geometry):
+        for block in blocks_of(job, segments, space.geometry, block_ranges):
             columns, ranges, folios = _plan_block(space, job, block, policy, options.filled)
             parts.append((ranges, folios))
             meter.expect(folios.address, folios.order)

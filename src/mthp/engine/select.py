@@ -209,13 +209,15 @@ def _aligned_blocks(part: Segment, geometry: Geometry) -> Iterator[Segment]:
         at += 1 << order
 
 
-def blocks_of(job: Job, segments: Sequence[Segment], geometry: Geometry) -> Iterator[list[Segment]]:
-    """Group segments of a job, and cut whole PMD ranges, so that a group has at most `BLOCK_PMD_RANGES` ranges."""
+def blocks_of(
+    job: Job, segments: Sequence[Segment], geometry: Geometry, most: int = BLOCK_PMD_RANGES
+) -> Iterator[list[Segment]]:
+    """Group segments of a job, and cut whole PMD ranges, so that a group has at most `most` ranges."""
     if not job.small:
-        yield from in_blocks(segments, BLOCK_PMD_RANGES * geometry.pmd_size)
+        yield from in_blocks(segments, most * geometry.pmd_size)
         return
-    for first in range(0, len(segments), BLOCK_PMD_RANGES):
-        yield list(segments[first : first + BLOCK_PMD_RANGES])
+    for first in range(0, len(segments), most):
+        yield list(segments[first : first + most])
 
 
 def read_parts(space: AddressSpace, job: Job, parts: Sequence[Segment]) -> tuple[PteColumns, Planes]:

@@ -145,6 +145,7 @@ def evaluate(
     contents: bool = False,
     heat: Heat | None = None,
     progress: Progress | None = None,
+    block_ranges: int = BLOCK_RANGES,
 ) -> list[Evaluation]:
     """Take the memory of `space` through scans under each of some settings.
 
@@ -155,6 +156,7 @@ def evaluate(
         contents: also read the contents, to find pages of zeroes that the program wrote itself.
         heat: which memory is used, for the part of the accesses that go to memory that PMD entries map.
         progress: called after every block.
+        block_ranges: PMD ranges to read at a time.
 
     Returns:
         One outcome per setting. All have the same number of scans.
@@ -183,7 +185,7 @@ def evaluate(
     for members, index, segments in todo:
         # PMD ranges do not depend on each other. So each block is read once, and taken through all settings and scans
         # before the next is read: memory use depends on the size of a block, not of the target.
-        for block in in_blocks(segments, BLOCK_RANGES * granule):
+        for block in in_blocks(segments, block_ranges * granule):
             address = ranges_of(block, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
             planes, hot, empty = _read(space, members[0].jobs[index], address, contents, heat)

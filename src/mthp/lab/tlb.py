@@ -166,10 +166,12 @@ class Tlb:
     Args:
         processor: the processor.
         page_size: bytes of a base page.
+        chunk: accesses to simulate at a time.
     """
 
-    def __init__(self, processor: Processor, page_size: int) -> None:
+    def __init__(self, processor: Processor, page_size: int, chunk: int = CHUNK) -> None:
         self.processor = processor
+        self._chunk_accesses = chunk
         self._page_size = page_size
         self._arrays = [[_LruArray(each) for each in level] for level in processor.levels]
         self._accesses = 0
@@ -191,8 +193,9 @@ class Tlb:
         limit = self.processor.coalesced_order(self._page_size)
         entry = np.where(pmd_mapped, orders, np.clip(orders, 0, limit)).astype(np.int64)
         self._accesses += len(pages)
-        for start in range(0, len(pages), CHUNK):
-            self._chunk(pages[start : start + CHUNK], entry[start : start + CHUNK])
+        for start in range(0, len(pages), self._chunk_accesses):
+            end = start + self._chunk_accesses
+            self._chunk(pages[start:end], entry[start:end])
 
     def _chunk(self, pages: NDArray[np.int64], order: NDArray[np.int64]) -> None:
         for index, arrays in enumerate(self._arrays):

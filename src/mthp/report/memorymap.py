@@ -194,11 +194,14 @@ def shares(
     column_bytes: int,
     folios: Folios | None = None,
     progress: Progress | None = None,
+    *,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Shares:
     """Read `parts` of `space` and return their pages by column and kind.
 
     Args:
         folios: count as if these had been made; pages that they fill are of the kind "added".
+        block_bytes: bytes of addresses to read at a time.
 
     Raises:
         TargetVanishedError: the process exited meanwhile.
@@ -209,7 +212,7 @@ def shares(
     for part in parts:
         counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
         offset = 0
-        for block in in_blocks(part.segments, BLOCK_BYTES):
+        for block in in_blocks(part.segments, block_bytes):
             kind = kinds.numbers(space.read(block))
             if folios is not None:
                 _lay(kind, block, folios, kinds, page_size)

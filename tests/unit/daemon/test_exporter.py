@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,12 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from daemon_stage import FULL, HALF, HUGE, START, G, N, Stage, Trimmable, samples
 from fakes import page_runs
-from mthp.daemon import exporter
-from mthp.daemon.exporter import MAX_CONNECTIONS, BoundedServer
+from mthp.daemon.exporter import CONNECTION_SECONDS, MAX_CONNECTIONS, BoundedServer
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
@@ -27,15 +25,17 @@ def page(environment: Any, start: Any) -> list[bytes]:
     return [environment["PATH_INFO"].encode()]
 
 
-@pytest.fixture
-def server() -> Iterator[BoundedServer]:
-    made = BoundedServer("127.0.0.1", 0, page)
+@contextlib.contextmanager
+def serving(connection_seconds: float = CONNECTION_SECONDS) -> Iterator[BoundedServer]:
+    made = BoundedServer("127.0.0.1", 0, page, connection_seconds=connection_seconds)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
 
 
 def asked(server: BoundedServer) -> bytes:
@@ -48,23 +48,23 @@ def connected(server: BoundedServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.server_port))
 
 
-def test_half_open_connections_are_bounded(server: BoundedServer) -> None:
-    before = threading.active_count()
-    silent = []
-    for _ in range(300):
-        silent.append(connected(server))
-        assert threading.active_count() <= before + MAX_CONNECTIONS + 1
-    assert asked(server) == b"/metrics"
-    for each in silent:
-        each.close()
-    assert asked(server) == b"/metrics"
-    server.server_close()
-    assert threading.active_count() <= before
+def test_half_open_connections_are_bounded() -> None:
+    with serving() as server:
+        before = threading.active_count()
+        silent = []
+        for _ in range(300):
+            silent.append(connected(server))
+            assert threading.active_count() <= before + MAX_CONNECTIONS + 1
+        assert asked(server) == b"/metrics"
+        for each in silent:
+            each.close()
+        assert asked(server) == b"/metrics"
+        server.server_close()
+        assert threading.active_count() <= before
 
 
-def test_a_client_that_trickles_is_ended(server: BoundedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "CONNECTION_SECONDS", 0.2)
-    with connected(server) as slow:
+def test_a_client_that_trickles_is_ended() -> None:
+    with serving(connection_seconds=0.2) as server, connected(server) as slow:
         slow.settimeout(0.02)
         ended = False
 
@@ -80,7 +80,7 @@ def test_a_client_that_trickles_is_ended(server: BoundedServer, monkeypatch: pyt
             return ended
 
         assert wait_for(trickle)
-    assert asked(server) == b"/metrics"
+        assert asked(server) == b"/metrics"
 
 
 def test_memory_is_counted_by_rule_and_size_as_passes_saw_it() -> None:

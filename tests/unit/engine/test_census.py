@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.engine import census
-from mthp.engine.census import STATES, Census, PageCounts, runs_of_equal, take_census
+from mthp.engine.census import STATES, PageCounts, runs_of_equal, take_census
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import ALIGNED, MAX_FOLIO_ORDER, PARTIAL
@@ -86,12 +85,6 @@ class Plain:
         )
 
 
-def in_small_blocks(space: FakeSpace, pages: int) -> Census:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(census, "BLOCK_PAGES", pages)
-        return take_census(space)
-
-
 run_lists = st.lists(
     st.builds(lambda pages, kind: (pages, *kind), st.integers(1, 40), st.sampled_from(RUNS)), min_size=1, max_size=6
 )
@@ -105,7 +98,7 @@ def test_counts_are_those_of_a_loop_over_pages(layout: list[tuple[list[Run], int
         address += gap * PAGE
         mappings.append(mapping(address, *runs))
         address = mappings[-1][0].end
-    counted = in_small_blocks(FakeSpace(mappings), block_pages)
+    counted = take_census(FakeSpace(mappings), block_pages=block_pages)
     assert [vma.vma for vma in counted.vmas] == [vma for vma, _, _ in mappings]
     for vma, (runs, _) in zip(counted.vmas, layout, strict=True):
         assert Plain.of(runs).equals(vma.pages), vma
@@ -117,7 +110,7 @@ def test_where_blocks_end_does_not_matter(block_pages: int) -> None:
     runs: tuple[Run, ...] = ((5, Pte.PRESENT, 0), (512, Pte.PRESENT | Pte.PMD_MAPPED, 9), (7, Pte.SWAP, ORDER_NONE))
     # Neighbours, of which one ends as the other begins.
     first, second = mapping(HEAP, *runs), mapping(HEAP + 524 * PAGE, *reversed(runs))
-    counted = in_small_blocks(FakeSpace([first, second]), block_pages)
+    counted = take_census(FakeSpace([first, second]), block_pages=block_pages)
     for vma in counted.vmas:
         assert vma.pages.by_order() == {0: 5, 9: 512}
         assert vma.pages.state("swap") == 7
@@ -215,7 +208,7 @@ def test_other_geometries(geometry: Geometry) -> None:
     n = geometry.ptes_per_pmd
     huge: Run = (n, Pte.PRESENT | Pte.PMD_MAPPED, geometry.pmd_order)
     space = FakeSpace([mapping(HEAP, huge, (3, Pte.PRESENT, 0), page_size=geometry.page_size)], geometry=geometry)
-    counted = in_small_blocks(space, n - 1)
+    counted = take_census(space, block_pages=n - 1)
     assert counted.total.by_order() == {0: 3, geometry.pmd_order: n}
     assert counted.total.coverage.share(geometry.pmd_order) == n / (n + 3)
     assert counted.vmas[0].madvise.orders == geometry.anon_orders
@@ -224,9 +217,7 @@ def test_other_geometries(geometry: Geometry) -> None:
 def test_progress_ends_at_the_sum() -> None:
     told: list[tuple[int, int]] = []
     space = FakeSpace([mapping(HEAP, (100, Pte.PRESENT, 0)), mapping(HEAP + PMD, (60, Pte.PRESENT, 0))])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(census, "BLOCK_PAGES", 64)
-        take_census(space, lambda done, total: told.append((done, total)))
+    take_census(space, lambda done, total: told.append((done, total)), block_pages=64)
     assert told == sorted(told)
     assert len(told) >= 2
     assert told[-1] == (160 * PAGE, 160 * PAGE)

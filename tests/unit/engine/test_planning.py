@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp import measuring
 from mthp.addrspace import AddressSpace
-from mthp.engine import select
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
@@ -170,9 +168,7 @@ def plan_choices(draw: st.DrawFn, geometry: Geometry) -> dict[str, Any]:
 def test_a_plan_is_that_of_each_mapping_alone(data: st.DataObject) -> None:
     space = data.draw(layouts())
     options = data.draw(plan_choices(space.geometry))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "BLOCK_PMD_RANGES", data.draw(st.sampled_from([1, 2, 3, 128])))
-        plan = planned(space, **options)
+    plan = plan_space(space, PlanOptions(**options), block_ranges=data.draw(st.sampled_from([1, 2, 3, 128])))
     made: list[tuple[int, int, int]] = []
     rows: list[tuple[int, ...]] = []
     refused = []
@@ -494,10 +490,7 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
             return super().read(segments)
 
     space = Measured([filled(anon(0, 5, PPC), PPC), filled(anon(9, 4, PPC), PPC)], geometry=PPC)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "BLOCK_PMD_RANGES", 2)
-        patch.setattr(measuring, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
-        plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)))
+    plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)), block_ranges=2)
     assert max(read) == 2 * PPC.pmd_size
     # The planned state is measured at the same time.
     assert sum(read) == 9 * PPC.pmd_size

@@ -125,12 +125,12 @@ def test_all_settings_of_one_call_have_the_same_number_of_scans() -> None:
     assert [len(outcome.scans) for outcome in fixed] == [4, 4]
 
 
-def test_blocks_are_added_up_whatever_the_scans_that_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_added_up_whatever_the_scans_that_each_takes() -> None:
     creeping = [(10, P, 0), (6, 0, ORDER_NONE)] * 16 + [(256, 0, ORDER_NONE)]
     space = space_of((512, P, 0), *creeping, (512, P, 0), *creeping)
-    together = rows_of(space, "per-order", 256)
-    monkeypatch.setattr("mthp.lab.evaluate.BLOCK_RANGES", 1)
-    assert rows_of(space, "per-order", 256) == together
+    setting = PlanOptions(policy="per-order", max_ptes_none=256)
+    [apart] = evaluate(space, [setting], scans=None, block_ranges=1)
+    assert apart.rows() == rows_of(space, "per-order", 256)
 
 
 def test_every_column_that_is_no_setting_is_a_defined_metric() -> None:

@@ -16,7 +16,6 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import Folios
 from mthp.geometry import X86_64
 from mthp.ptes import ORDER_NONE, Pte
-from mthp.report import memorymap
 from mthp.report.kinds import Kinds
 from mthp.report.memorymap import (
     COLUMNS,
@@ -57,9 +56,7 @@ def test_every_page_is_counted_in_its_column(
     kinds = Kinds(X86_64)
     vma = space.vmas()[0]
     part = Stretch(vma, ((vma.start, vma.end),))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memorymap, "BLOCK_BYTES", block_pages * PAGE)
-        (counts,) = shares(space, [part], per_column * PAGE)
+    (counts,) = shares(space, [part], per_column * PAGE, block_bytes=block_pages * PAGE)
     expected = np.zeros((-(-len(orders) // per_column), len(kinds)), np.int64)
     for page, order in enumerate(orders):
         if order != ORDER_NONE:
@@ -93,9 +90,8 @@ def test_folios_are_laid_over_the_pages_wherever_blocks_are_cut(
         at += 1 << folio
     folios = Folios(np.array(address, np.uint64), np.array(order, np.int8), np.zeros(len(order), np.int32))
     vma = space.vmas()[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memorymap, "BLOCK_BYTES", block_pages * PAGE)
-        (counts,) = shares(space, [Stretch(vma, ((vma.start, vma.end),))], PAGE, folios)
+    part = Stretch(vma, ((vma.start, vma.end),))
+    (counts,) = shares(space, [part], PAGE, folios, block_bytes=block_pages * PAGE)
     drawn = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
     assert (drawn == expected).all()
 

@@ -29,7 +29,7 @@ from journal_owners import (
     windows,
 )
 from mthp.errors import MthpError, UnsupportedError
-from mthp.linux.journal import guard, watcher
+from mthp.linux.journal import watcher
 from mthp.linux.journal.files import JOURNAL_NAME, LOCK_NAME, JournalFiles, has_entries, owner_of
 from mthp.linux.journal.watcher import IDLE_TICKS, STOPPED_TICKS, Watcher
 from waiting import until
@@ -268,7 +268,7 @@ def test_an_idle_watcher_ends_and_says_so(tunables: Tunables) -> None:
     os.close(reader)
 
 
-def test_a_window_needs_a_watcher(tunables: Tunables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_needs_a_watcher(tunables: Tunables, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.executable", "/bin/program-that-embeds-python")
     monkeypatch.setattr("sys.base_exec_prefix", "/nowhere")
     with pytest.raises(UnsupportedError, match="Python interpreter"), tunables.journal().settings(OUTER):
@@ -279,7 +279,10 @@ def test_a_window_needs_a_watcher(tunables: Tunables, monkeypatch: pytest.Monkey
     with pytest.raises(MthpError, match="cannot be started: Not a directory"), tunables.journal().settings(OUTER):
         pytest.fail("the window opened")
     monkeypatch.undo()
-    monkeypatch.setattr(guard, "_PROGRAM", "raise SystemExit(1)")
+    exits = tmp_path / "python-that-exits"
+    exits.write_text("#!/bin/sh\nexit 1\n")
+    exits.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(exits))
     journal = tunables.journal()
     with journal.settings(OUTER):
         pass
