@@ -17,11 +17,11 @@ import pytest
 from e2e.helpers import mthp_json
 from mthp.abilities import heat_of
 from mthp.errors import UnsupportedError
-from mthp.heat import HeatRequest
+from mthp.heat import Heat, HeatRequest
 from mthp.linux.heat import damon, idle
 from mthp.linux.journal.files import all_roots
 from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instance, write_instance
-from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.live import open_live
 from mthp.linux.sysfs import THP_ROOT
 from targets import PMD_SIZE
 from waiting import PATIENCE, until
@@ -79,9 +79,8 @@ def target(*, apart: bool = False, advised: bool = False) -> Iterator[tuple[int,
         process.communicate()
 
 
-def hot_share(space: LiveAddressSpace, source: str, start: int, step: int = 1) -> float:
-    """Return the part of the accesses to the PMD ranges, as a source sees them, that goes to the hot ones."""
-    heat = heat_of(space, HeatRequest(source, SECONDS))  # type: ignore[arg-type]
+def hot_share(heat: Heat | None, start: int, step: int = 1) -> float:
+    """Return the part of the accesses to the PMD ranges, as a source saw them, that goes to the hot ones."""
     assert heat is not None
     assert heat.seconds > 0
     assert heat.cpu_share < 0.5, "a bound of 5 %, on an emulated processor too"
@@ -112,13 +111,14 @@ def free_damon() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("free_damon")
 @pytest.mark.parametrize("operations", ["fvaddr", "paddr"])
-def test_damon_sees_what_is_hot(operations: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(damon, "CHECK_SECONDS", {operations: damon.CHECK_SECONDS[operations]})
+def test_damon_sees_what_is_hot(operations: str) -> None:
     with target() as (pid, start), open_live(pid) as space:
         try:
-            assert hot_share(space, "damon", start) > 0.8
+            heat = damon.Damon(operations=[operations]).measure(space, SECONDS, lambda: False)
         except UnsupportedError as error:
             pytest.skip(error.message)
+        assert heat.source == f"damon ({operations})"
+        assert hot_share(heat, start) > 0.8
 
 
 @pytest.mark.slow
@@ -181,13 +181,13 @@ def test_idle_pages_tell_what_is_hot() -> None:
     if (what := idle.lack(THP_ROOT.parent)[0]) != "":
         pytest.skip(what)
     with target() as (pid, start), open_live(pid) as space:
-        assert hot_share(space, "idle", start) > 0.8
+        assert hot_share(heat_of(space, HeatRequest("idle", SECONDS)), start) > 0.8
 
 
 @pytest.mark.slow
 def test_young_bits_tell_which_mappings_are_hot() -> None:
     with target(apart=True) as (pid, start), open_live(pid) as space:
-        assert hot_share(space, "young", start, step=2) > 0.8
+        assert hot_share(heat_of(space, HeatRequest("young", SECONDS)), start, step=2) > 0.8
 
 
 def test_a_measurement_ends_early_when_it_is_told_to() -> None:

@@ -161,6 +161,7 @@ def test_a_change_before_the_stop_is_the_reason_of_its_block(
         stop(self, known)
 
     monkeypatch.setattr(FrozenProcess, "stop", late)
+    # Not an argument, because the number is the kernel's: older kernels do not know it.
     monkeypatch.setattr(mapping, "PROCMAP_QUERY", query)
     first, *others = space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)
     assert first.result is not ScanResult.SUCCEED

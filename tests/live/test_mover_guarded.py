@@ -404,6 +404,7 @@ def test_rolled_back_when_a_page_vanishes_after_the_check(
         return verdict
 
     monkeypatch.setattr(mover, "refuse_blocks", judged_too_early)
+    # Advice 0 (MADV_NORMAL) does nothing, so the page stays away. Not an argument, because the number is the kernel's.
     monkeypatch.setattr(guarded, "MADV_POPULATE_WRITE", 0)
     outcomes = collapse_own(address, size, 4, journal=journal)
     assert [bool(outcome.errno) for outcome in outcomes] == [block == 3 for block in range(16)]

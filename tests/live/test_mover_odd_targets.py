@@ -19,7 +19,7 @@ import pytest
 
 from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Observe, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.linux.mover import boot, inject
+from mthp.linux.mover import inject
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.refuse.block import BlockRefusal
@@ -30,6 +30,9 @@ from mthp.linux.process import Process
 from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
+
+WORKER_TIMEOUT_NS = 300_000_000
+"""Nanoseconds to wait for a thread that cannot run."""
 
 SECCOMP = """
 import ctypes, struct, time
@@ -65,16 +68,13 @@ def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkey
         assert process.is_alive()
 
 
-def test_a_frozen_target_gets_its_registers_back(
-    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frozen_target_gets_its_registers_back(tmp_path: Path, frozen_cgroup: Callable[[int], None]) -> None:
     """Its threads can be stopped but cannot run the stub, and killing mthp meanwhile would kill it."""
-    monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         frozen_cgroup(target.pid)
         before = mappings(target.pid)
         with pytest.raises(CannotStopError, match="does not run"):
-            open_window(process)
+            open_window(process, worker_timeout_ns=WORKER_TIMEOUT_NS)
         assert mappings(target.pid) == before
         target_cgroup = Path(f"/proc/{target.pid}/cgroup").read_text()
         assert "mthp-test" in target_cgroup
@@ -84,10 +84,9 @@ def test_a_frozen_target_gets_its_registers_back(
 
 
 def test_a_target_frozen_at_work_is_left_to_itself(
-    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, observe: Observe
+    tmp_path: Path, frozen_cgroup: Callable[[int], None], observe: Observe
 ) -> None:
     """It finishes the window by itself when it is thawed; mthp does not wait for that."""
-    monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
 
         def freeze(step: Step) -> None:
@@ -95,7 +94,10 @@ def test_a_target_frozen_at_work_is_left_to_itself(
                 frozen_cgroup(target.pid)
 
         observe(freeze)
-        with MoverSession(process, GEOMETRY, duty=1.0) as session, pytest.raises(CannotStopError, match="does not run"):
+        with (
+            MoverSession(process, GEOMETRY, duty=1.0, worker_timeout_ns=WORKER_TIMEOUT_NS) as session,
+            pytest.raises(CannotStopError, match="does not run"),
+        ):
             session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
         assert not target.progresses(0.2)
         thawed(target.pid)

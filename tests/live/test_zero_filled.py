@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import pytest
 import mthp
 from mthp.engine.census import Census
 from mthp.errors import TargetVanishedError
-from mthp.linux import contents
+from mthp.linux.contents import Contents
 from mthp.linux.live import LiveAddressSpace, open_live
 from targets import MADV_GUARD_INSTALL, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_ORDER, PMD_SIZE, PROT_NONE, Puppet
 from thp_switches import ThpSwitches, size_name
@@ -28,8 +29,15 @@ def puppet() -> Iterator[Puppet]:
         yield puppet
 
 
-def zero_pages(space: LiveAddressSpace, address: int, pages: int) -> list[int]:
-    return np.flatnonzero(space.zero_filled(space.read([(address, address + pages * PAGE)]))).tolist()
+def zero_pages(
+    space: LiveAddressSpace, address: int, pages: int, reader: Contents | LiveAddressSpace | None = None
+) -> list[int]:
+    return np.flatnonzero((reader or space).zero_filled(space.read([(address, address + pages * PAGE)]))).tolist()
+
+
+def in_pieces(space: LiveAddressSpace) -> contextlib.closing[Contents]:
+    """Return a reader of the contents of `space` that reads a few pages at a time."""
+    return contextlib.closing(Contents(space.process, PAGE, piece=8 * PAGE))
 
 
 def orders_at(census: Census, address: int) -> dict[int, int]:
@@ -52,9 +60,8 @@ def test_what_a_huge_fault_filled_is_counted(puppet: Puppet, thp_switches: ThpSw
 
 
 @pytest.fixture
-def sparse(puppet: Puppet, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A huge page of which every third page was written to, but the last two; read in pieces of a few pages."""
-    monkeypatch.setattr(contents, "PIECE", 8 * PAGE)
+def sparse(puppet: Puppet, thp_switches: ThpSwitches) -> int:
+    """A huge page of which every third page was written to, but the last two."""
     thp_switches.only(size_name(PMD_ORDER))
     address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(address, N // 3, 3)
@@ -66,18 +73,18 @@ EMPTY = [page for page in range(N) if page % 3 or page >= N // 3 * 3]
 
 @pytest.mark.requires("guard")
 def test_page_by_page_and_over_guards(puppet: Puppet, sparse: int) -> None:
-    with open_live(puppet.pid) as space:
-        assert zero_pages(space, sparse, N) == EMPTY
+    with open_live(puppet.pid) as space, in_pieces(space) as reader:
+        assert zero_pages(space, sparse, N, reader) == EMPTY
         # The entries are old, and their pages are gone.
         columns = space.read([(sparse, sparse + PMD_SIZE)])
         puppet.tell("madvise", sparse + 4 * PAGE, 2 * PAGE, MADV_GUARD_INSTALL)
-        assert np.flatnonzero(space.zero_filled(columns)).tolist() == [page for page in EMPTY if page not in (4, 5)]
+        assert np.flatnonzero(reader.zero_filled(columns)).tolist() == [page for page in EMPTY if page not in (4, 5)]
 
 
 def test_through_protections(puppet: Puppet, sparse: int) -> None:
     puppet.tell("mprotect", sparse, PMD_SIZE, PROT_NONE)
-    with open_live(puppet.pid) as space:
-        found = zero_pages(space, sparse, N)
+    with open_live(puppet.pid) as space, in_pieces(space) as reader:
+        found = zero_pages(space, sparse, N, reader)
         if not found:
             pytest.skip("this kernel lets only tracers read through protections (proc_mem.force_override)")
         assert found == EMPTY

@@ -124,6 +124,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (directory / "stat").write_text(f"{pid} ({comm}) {' '.join(fields)}\n")
         (directory / "status").write_text("Uid:\t0\t0\t0\t0\n")
         (directory / "cgroup").write_text("0::/system.slice/redis.service\n" if comm == "redis-server" else "0::/\n")
+    # Not an argument: it would have to pass through resolve, find, find_targets and the finder, for these tests alone.
     monkeypatch.setattr("mthp.linux.facts.PROC", str(proc))
     monkeypatch.chdir(tmp_path)
     return proc

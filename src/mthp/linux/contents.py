@@ -23,13 +23,19 @@ _GONE = frozenset({errno.EIO, errno.EFAULT, errno.ENOMEM})
 
 
 class Contents:
-    """A reader of the contents of a process. Close it after use."""
+    """A reader of the contents of a process. Close it after use.
 
-    def __init__(self, process: Process, page_size: int) -> None:
+    Args:
+        process: the process.
+        page_size: bytes of a base page.
+        piece: bytes to read at a time, a multiple of `page_size`.
+    """
+
+    def __init__(self, process: Process, page_size: int, piece: int = PIECE) -> None:
         self._process = process
         self._page_size = page_size
         self._file = process.open("mem")
-        self._buffer = memoryview(bytearray(PIECE))
+        self._buffer = memoryview(bytearray(piece))
         self._words = np.frombuffer(self._buffer, np.uint64)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
@@ -56,7 +62,7 @@ class Contents:
         zero = np.zeros((segment[1] - segment[0]) // size, np.bool_)
         address = segment[0]
         while address < segment[1]:
-            wanted = min(PIECE, segment[1] - address)
+            wanted = min(len(self._buffer), segment[1] - address)
             got = self._read(address, wanted) // size
             words = self._words[: got * size // 8].reshape(got, size // 8)
             first = (address - segment[0]) // size

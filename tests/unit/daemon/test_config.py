@@ -222,6 +222,7 @@ def test_a_broken_link_in_conf_d_is_not_left_out(tmp_path: Path) -> None:
 def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Not an argument: main() takes only what a user writes, and here no option names a file.
     monkeypatch.setattr(config, "DIRECTORY", tmp_path / "etc")
     assert main(["daemon", "--check-config"]) == 2
     assert f"no rules: {tmp_path}/etc does not exist" in capsys.readouterr().err

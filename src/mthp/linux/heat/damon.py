@@ -15,7 +15,7 @@ import dataclasses
 import errno
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,21 @@ class Damon:
 
     Args:
         sysfs: the THP directory; that of DAMON is its sibling.
+        root: directory of the journal; by default that of this user.
+        operations: address spaces to monitor, of those in ``CHECK_SECONDS``: the first that the kernel has is used.
     """
 
-    def __init__(self, sysfs: ThpSysfs | None = None, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        sysfs: ThpSysfs | None = None,
+        root: Path | None = None,
+        operations: Iterable[str] = tuple(CHECK_SECONDS),
+    ) -> None:
         self._sysfs = sysfs or ThpSysfs()
         self._kdamonds = kdamonds_of(self._sysfs.root)
         self._context = self._kdamonds / "0/contexts/0"
         self._root = root
+        self._usable = tuple(operations)
 
     def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
         what, remedy = lack(self._sysfs.root.parent)
@@ -135,7 +143,7 @@ class Damon:
     def _operations(self) -> str:
         """Choose the monitored address space, and return its name."""
         known = (self._context / "avail_operations").read_text().split()
-        for operations in CHECK_SECONDS:
+        for operations in self._usable:
             if operations in known:
                 self._write("operations", operations)
                 return operations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mthp.errors import TargetVanishedError
 from mthp.linux.mover import ptrace, stub
-from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.padding import pack_slot
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.tracee import CannotStopError, Tracee, TraceeState
@@ -172,7 +172,7 @@ def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool],
             frozen.resume(tid, stop)
         elif frozen.has_exited(tid):
             raise TargetVanishedError(f"process {frozen.process.label} was killed")
-        elif waited > WORKER_TIMEOUT_NS:
+        elif waited > frozen.worker_timeout_ns:
             raise CannotStopError(
                 f"thread {tid} of process {frozen.process.label} does not run",
                 help="its cgroup is frozen, or leaves it no time; once it runs, it restores itself",

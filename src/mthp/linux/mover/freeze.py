@@ -63,6 +63,7 @@ class FrozenProcess(ProcessMemory):
         timeout_ns: time that threads may take to stop, in nanoseconds.
         machine: architecture of the target; by default that of this program.
         like: threads of an earlier window; their tables are used again if the threads are the same.
+        worker_timeout_ns: nanoseconds that the thread with injected code may take to stop, or to get on.
 
     Attributes:
         machine: architecture of the target.
@@ -76,11 +77,13 @@ class FrozenProcess(ProcessMemory):
         timeout_ns: int = STOP_TIMEOUT_NS,
         machine: Architecture | None = None,
         like: Stopped | None = None,
+        worker_timeout_ns: int = WORKER_TIMEOUT_NS,
     ) -> None:
         super().__init__(process)
         self.machine = machine or native()
         self.threads: dict[int, Tracee] = {}
         self.begun_ns = 0
+        self.worker_timeout_ns = worker_timeout_ns
         self._like = like
         self._stopped: Stopped | None = None
         self._timeout_ns = timeout_ns
@@ -255,7 +258,7 @@ class FrozenProcess(ProcessMemory):
             CannotStopError: the time is up.
         """
         ptrace.interrupt(tid)
-        self._begin_to_wait(WORKER_TIMEOUT_NS)
+        self._begin_to_wait(self.worker_timeout_ns)
         self._await_our_stops([tid])
         return self.threads[tid].state is not TraceeState.DEAD
 

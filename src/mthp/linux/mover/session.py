@@ -27,7 +27,7 @@ from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
-from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.park import park, special_ranges, work
@@ -92,15 +92,16 @@ def all_stopped(
     timeout_ns: int = STOP_TIMEOUT_NS,
     machine: Architecture | None = None,
     like: Stopped | None = None,
+    worker_timeout_ns: int = WORKER_TIMEOUT_NS,
 ) -> Iterator[FrozenProcess]:
-    """Yield `process` with every thread stopped; release all afterwards.
+    """Yield `process` with every thread stopped; release all afterwards. The arguments are :class:`FrozenProcess`'s.
 
     Raises:
         CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
     """
     # Before the stop, so that its time is not a part of the pause; only threads that are new then are checked inside.
     known = check_threads(process, read_threads(process))
-    frozen = FrozenProcess(process, timeout_ns, machine, like)
+    frozen = FrozenProcess(process, timeout_ns, machine, like, worker_timeout_ns)
     try:
         frozen.stop(known)
         reached(Step.STOPPED)
@@ -128,6 +129,8 @@ class MoverSession(Closing):
         max_pause_ns: limit of a pause in nanoseconds; pauses are measured, and windows adapted to it.
         duty: the share of the time that the target may be stopped, above 0, up to 1.
         stop_timeout_ns: nanoseconds that threads may take to stop before they are released.
+        worker_timeout_ns: nanoseconds that the thread with injected code may take to stop, or to get on.
+        machine: architecture of the target; by default that of this program.
         recheck: called for all blocks once all threads are stopped.
 
     Attributes:
@@ -149,16 +152,18 @@ class MoverSession(Closing):
         max_pause_ns: int = MAX_PAUSE_NS,
         duty: float = PAUSE_SHARE,
         stop_timeout_ns: int = STOP_TIMEOUT_NS,
+        worker_timeout_ns: int = WORKER_TIMEOUT_NS,
+        machine: Architecture | None = None,
         recheck: CheckAgain | None = None,
     ) -> None:
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
         self.pauses: list[Pause] = []
-        self._machine = native()
+        self._machine = machine or native()
         self._threads: Stopped | None = None
         self._process = process
         self._geometry = geometry
-        self._stop_timeout_ns = stop_timeout_ns
+        self._timeouts_ns = stop_timeout_ns, worker_timeout_ns
         self._check_again = recheck
         self._recheck: Recheck | None = None
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
@@ -294,7 +299,8 @@ class MoverSession(Closing):
         """Carry out a window; return the objections to blocks, operations on the others, and the lengths of runs."""
         parked = worked = 0
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
-        with all_stopped(self._process, self._stop_timeout_ns, self._machine, self._threads) as frozen:
+        stop_ns, worker_ns = self._timeouts_ns
+        with all_stopped(self._process, stop_ns, self._machine, self._threads, worker_ns) as frozen:
             # Kept for the next window, which uses their tables of system calls again if the threads are the same.
             self._threads = frozen.stopped
             stopped = time.perf_counter_ns()

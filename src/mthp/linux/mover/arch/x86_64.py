@@ -159,6 +159,7 @@ class X8664(Architecture):
     syscall = _SYSCALL
     alignment = 1
     forgets_calls = False
+    eintr_calls = EINTR_CALLS
     calls = MappingProxyType(
         {
             "close": 3,
@@ -200,7 +201,7 @@ class X8664(Architecture):
         """Replace EINTR by -ERESTARTNOHAND: EINTR again where a handler is to run, otherwise the call is restarted."""
         changed: NDArray[np.bool_] = registers[:, _RAX] == _negative(errno.EINTR)
         for row in np.flatnonzero(changed).tolist():
-            changed[row] = int(registers[row, _ORIG_RAX]) in EINTR_CALLS
+            changed[row] = int(registers[row, _ORIG_RAX]) in self.eintr_calls
         registers[changed, _RAX] = _negative(ERESTARTNOHAND)
         return changed
 
