@@ -176,6 +176,7 @@ def worlds(draw: st.DrawFn, geometry: Geometry, most: int) -> World:
 
 def check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
+        # Not an argument: it would pass through the machine and its khugepaged to each visit, for this test alone.
         patched.setattr(sim_khugepaged, "MAX_RANGES", 0)
         singly = life_of(world)
     together = life_of(world)
