@@ -127,7 +127,7 @@ def test_a_number_that_nobody_has_is_told(run: Path) -> None:
     with Puppet() as gone:
         gone.kill()
     with RunningDaemon(run, "--pid", str(gone.pid)) as daemon:
-        assert f"no process {gone.pid}" in daemon.said
+        assert f"process {gone.pid} does not exist" in daemon.said
 
 
 @pytest.mark.slow
