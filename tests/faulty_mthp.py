@@ -42,5 +42,5 @@ def _observer() -> Observer:
 
 
 if __name__ == "__main__":
-    steps.observer = _observer()
+    steps.observe(_observer())
     sys.exit(main(sys.argv[1:]))

@@ -64,7 +64,7 @@ def move_for_ever(pid: int, base: int, size: int, begun: Callable[[], None]) -> 
 
 
 def _child(pid: int, base: int, size: int, words: list[str], begun: Callable[[], None]) -> None:
-    steps.observer = killer(words[1], int(words[2])) if words[0] == "step" else killer(Step.STOPPED.name, 0)
+    steps.observe(killer(words[1], int(words[2])) if words[0] == "step" else killer(Step.STOPPED.name, 0))
     try:
         move_for_ever(pid, base, size, begun)
     except MthpError as error:

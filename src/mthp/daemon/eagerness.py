@@ -47,9 +47,11 @@ FIRST_BYTES_PER_SECOND = 16 << 20
 
 
 SMALLEST = ((7.0, MIN_ANON_ORDER), (4.0, MIN_ANON_ORDER + 1), (0.0, MIN_ANON_ORDER + 2))
-"""Levels, and the smallest order from each on. Below level 4 it has 16 pages: arm64 maps so many pages of 4K by one TLB
-entry (CONT_PTES, arch/arm64/include/asm/pgtable-hwdef.h), and smaller folios are most of the copying where single pages
-are missing everywhere.
+"""Lowest levels, and the smallest order from each of them on.
+
+Below level 4 the smallest folio has 16 pages, because arm64 maps 16 pages of 4K by one TLB entry (CONT_PTES,
+arch/arm64/include/asm/pgtable-hwdef.h). Where single pages are missing everywhere, smaller folios are most of the
+copying.
 """
 
 

@@ -215,7 +215,7 @@ def take_records(ring: mmap.mmap) -> tuple[list[bytes], int]:
         elif kind == PERF_RECORD_LOST:
             lost += struct.unpack_from("=QQ", record)[1]
         tail += length
-    # Last: it gives the room back to the kernel.
+    # Last, because the kernel overwrites records below the tail.
     struct.pack_into("=Q", ring, _DATA_TAIL, tail)
     return samples, lost
 

@@ -23,7 +23,7 @@ from mthp.vma import VmaKind
 Stop = Callable[[], bool]
 
 
-class NotWanted(Exception):  # noqa: N818 - a request to stop, not an error
+class NotWantedError(Exception):
     """The caller no longer wants the result."""
 
 
@@ -179,4 +179,4 @@ def _watched(stop: Stop) -> Callable[[int, int], None]:
 
 
 def _stopped() -> NoReturn:
-    raise NotWanted
+    raise NotWantedError

@@ -10,7 +10,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
 from mthp.ptes import Segment
-from mthp.top.looks import NotWanted, mappings
+from mthp.top.looks import NotWantedError, mappings
 from mthp.top.model import Row
 
 REST = 1.0
@@ -102,7 +102,7 @@ class Mapped:
             with self._opened(step if self.steps else None) as space:
                 label, rows = space.label, mappings(space, self._options, self._moved_on(step))
                 ranges = space.mapped()
-        except NotWanted:
+        except NotWantedError:
             return
         except MthpError as error:
             # Keep the rows of the last look, which are the last known ones of a process that has exited.

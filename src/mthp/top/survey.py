@@ -16,7 +16,7 @@ from typing import Protocol
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CpuBudget
-from mthp.top.looks import NotWanted, first_look, second_look, third_look
+from mthp.top.looks import NotWantedError, first_look, second_look, third_look
 from mthp.top.model import Row
 
 LARGEST = 64
@@ -178,7 +178,7 @@ class Survey:
             with self._lock:
                 self._known.pop(key, None)
             return True
-        except NotWanted:
+        except NotWantedError:
             return False
         except MthpError as error:
             row = known.row

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -74,113 +77,111 @@ def number(tunables: Tunables) -> str:
     return tunables.values()["max_ptes_none"]
 
 
-def test_the_daemon_goes_on_by_what_was_there_before(tunables: Tunables) -> None:
-    (tunables.thp / "enabled").write_text("[always] madvise never\n")
-    for name, value in (
-        ("max_ptes_swap", 64),
-        ("max_ptes_shared", 256),
-        ("alloc_sleep_millisecs", 60000),
-        ("defrag", 1),
-    ):
-        tunables.set(name, str(value))
-    said: list[str] = []
-    loop = Loop()
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, tunables.journal(watched=False))
-    one.keep(0)
-    knobs.refresh()
-    assert (number(tunables), knobs.tunables.max_ptes_none) == ("0", 511)
-    one.keep(64)
-    knobs.refresh()
-    assert (number(tunables), knobs.tunables.max_ptes_none) == ("64", 511)
-    # The operator's choice holds from then on, and stays.
-    tunables.set("max_ptes_none", "5")
-    knobs.refresh()
-    assert knobs.tunables.max_ptes_none == 5
-    one.keep(None)
-    one.close()
-    assert number(tunables) == "5"
-    assert any("changed since" in line for line in said)
+@dataclass(frozen=True)
+class Kept:
+    """A Keeping, and what it works with."""
+
+    loop: Loop
+    knobs: SystemKnobs
+    keeping: Keeping
+    said: list[str]
+
+    def again(self) -> None:
+        """Try again, as the loop does after a while."""
+        (_, action) = self.loop._timers["keep"]
+        action()
+
+
+@contextmanager
+def kept(tunables: Tunables, lock: Path | None = None) -> Iterator[Kept]:
+    loop, said = Loop(), list[str]()
+    journal = tunables.journal(watched=False)
+    # Another's window is not waited for.
+    journal._lock_timeout = 0.0
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64, *([lock] if lock else []))
+    yield Kept(loop, knobs, Keeping(knobs, loop, said.append, journal), said)
     knobs.close()
     loop.close()
+
+
+def complete(tunables: Tunables) -> None:
+    """Write the files of all tunables: the daemon follows the present ones only if it knows every one of them."""
+    (tunables.thp / "enabled").write_text("[always] madvise never\n")
+    others = {"max_ptes_swap": 64, "max_ptes_shared": 256, "alloc_sleep_millisecs": 60000, "defrag": 1}
+    for name, value in others.items():
+        tunables.set(name, str(value))
+
+
+def test_the_daemon_goes_on_by_what_was_there_before(tunables: Tunables) -> None:
+    complete(tunables)
+    with kept(tunables) as one:
+        one.keeping.keep(0)
+        one.knobs.refresh()
+        assert (number(tunables), one.knobs.tunables.max_ptes_none) == ("0", 511)
+        one.keeping.keep(64)
+        one.knobs.refresh()
+        assert (number(tunables), one.knobs.tunables.max_ptes_none) == ("64", 511)
+        # The operator's choice holds from then on, and stays.
+        tunables.set("max_ptes_none", "5")
+        one.knobs.refresh()
+        assert one.knobs.tunables.max_ptes_none == 5
+        one.keeping.keep(None)
+        one.keeping.close()
+        assert number(tunables) == "5"
+        assert any("changed since" in line for line in one.said)
 
 
 @pytest.mark.parametrize("refreshed", [True, False])
 def test_another_kept_number_leaves_the_value_from_before_the_first(tunables: Tunables, refreshed: bool) -> None:
-    loop, said = Loop(), list[str]()
-    for name, value in (("max_ptes_swap", 64), ("max_ptes_shared", 256), ("alloc_sleep_millisecs", 1), ("defrag", 1)):
-        tunables.set(name, str(value))
-    (tunables.thp / "enabled").write_text("[always] madvise never\n")
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    keeping = Keeping(knobs, loop, said.append, tunables.journal(watched=False))
-    for kept in (0, 64, 3):
-        keeping.keep(kept)
-        assert said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
-        if refreshed:
-            knobs.refresh()
-    (change,) = (json.loads(line) for line in (tunables.root / JOURNAL_NAME).read_text().splitlines())
-    assert (change["was"], change["ours"]) == (BEFORE["max_ptes_none"], "3")
-    # The other tunables are followed while this one is kept.
-    tunables.set("max_ptes_swap", "7")
-    knobs.refresh()
-    assert (knobs.tunables.max_ptes_none, knobs.tunables.max_ptes_swap) == (int(BEFORE["max_ptes_none"]), 7)
-    keeping.close()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()
+    complete(tunables)
+    with kept(tunables) as one:
+        for value in (0, 64, 3):
+            one.keeping.keep(value)
+            assert one.said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
+            if refreshed:
+                one.knobs.refresh()
+        (change,) = (json.loads(line) for line in (tunables.root / JOURNAL_NAME).read_text().splitlines())
+        assert (change["was"], change["ours"]) == (BEFORE["max_ptes_none"], "3")
+        # The other tunables are followed while this one is kept.
+        tunables.set("max_ptes_swap", "7")
+        one.knobs.refresh()
+        assert one.knobs.tunables.max_ptes_none == int(BEFORE["max_ptes_none"])
+        assert one.knobs.tunables.max_ptes_swap == 7
+        one.keeping.close()
+        assert tunables.values() == BEFORE
 
 
 def test_a_second_try_reads_the_value_from_before(tunables: Tunables) -> None:
-    loop, said = Loop(), list[str]()
-    journal = tunables.journal(watched=False)
-    journal._lock_timeout = 0.0
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64, tunables.root / LOCK_NAME)
-    keeping = Keeping(knobs, loop, said.append, journal)
-    with tunables.journal(watched=False).settings(OUTER):
-        keeping.keep(7)
-        keeping.keep(7)
-        assert knobs.max_ptes_none == BEFORE["max_ptes_none"]
-    keeping.keep(7)
-    assert said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
-    keeping.close()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()
+    with kept(tunables, tunables.root / LOCK_NAME) as one:
+        with tunables.journal(watched=False).settings(OUTER):
+            one.keeping.keep(7)
+            one.keeping.keep(7)
+            assert one.knobs.max_ptes_none == BEFORE["max_ptes_none"]
+        one.keeping.keep(7)
+        assert one.said[-1].endswith(f"it was {BEFORE['max_ptes_none']}")
+        one.keeping.close()
+        assert tunables.values() == BEFORE
 
 
 def test_while_another_is_in_a_window_it_is_tried_again(tunables: Tunables) -> None:
-    loop, said = Loop(), list[str]()
-    journal = tunables.journal(watched=False)
-    journal._lock_timeout = 0.0
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, journal)
-    with tunables.journal(watched=False).settings(OUTER):
-        one.keep(7)
-        one.keep(7)
-    assert len(said) == 1
-    (_, again) = loop._timers["keep"]
-    again()
-    assert number(tunables) == "7"
-    one.close()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()
+    with kept(tunables) as one:
+        with tunables.journal(watched=False).settings(OUTER):
+            one.keeping.keep(7)
+            one.keeping.keep(7)
+        assert len(one.said) == 1
+        one.again()
+        assert number(tunables) == "7"
+        one.keeping.close()
+        assert tunables.values() == BEFORE
 
 
 def test_what_could_not_be_kept_changes_nothing_and_is_not_tried_again_after_the_end(tunables: Tunables) -> None:
-    loop, said = Loop(), list[str]()
-    journal = tunables.journal(watched=False)
-    journal._lock_timeout = 0.0
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, journal)
-    with tunables.journal(watched=False).settings(OUTER):
-        # A number that the other's window sets.
-        one.keep(7)
-        knobs.refresh()
-        assert str(knobs.tunables.max_ptes_none) == number(tunables)
-        one.close()
-    (_, again) = loop._timers["keep"]
-    again()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()
+    with kept(tunables) as one:
+        with tunables.journal(watched=False).settings(OUTER):
+            # A number that the other's window sets.
+            one.keeping.keep(7)
+            one.knobs.refresh()
+            assert str(one.knobs.tunables.max_ptes_none) == number(tunables)
+            one.keeping.close()
+        one.again()
+        assert tunables.values() == BEFORE

@@ -16,7 +16,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CPU_SLICE
-from mthp.top.looks import NotWanted, first_look, mappings, second_look
+from mthp.top.looks import NotWantedError, first_look, mappings, second_look
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row
 from mthp.top.survey import BURST, FRESH, LARGEST, ROUND, Survey
@@ -240,7 +240,7 @@ def test_mappings_share_the_plan_among_them() -> None:
 
 
 def test_a_look_that_nobody_waits_for_ends() -> None:
-    with pytest.raises(NotWanted):
+    with pytest.raises(NotWantedError):
         mappings(redis_like(), PlanOptions(), lambda: True)
 
 

@@ -41,16 +41,21 @@ class Step(enum.IntEnum):
 
 Observer = Callable[[Step], None]
 
-observer: Observer | None = None
+_observers: list[Observer] = []
+"""The observer of :func:`observe`; none or one."""
 
 
 def observe(by: Observer | None) -> None:
     """Call `by` after every step, in the tracing thread and inside the window, so it should be quick; None ends it."""
-    global observer  # noqa: PLW0603
-    observer = by
+    _observers[:] = [] if by is None else [by]
+
+
+def is_observed() -> bool:
+    """Return whether there is an observer."""
+    return bool(_observers)
 
 
 def reached(step: Step) -> None:
     """Call the observer, if there is one."""
-    if observer is not None:
+    for observer in _observers:
         observer(step)

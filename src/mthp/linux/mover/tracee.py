@@ -234,7 +234,7 @@ class Stopped:
         """Make one request of all threads, or of those in `rows`; report `step`, if there is one, for each of them."""
         rows = range(len(self.tids)) if rows is None else rows
         first = part * len(self.tids) + rows.start
-        if step is None or steps.observer is None:
+        if step is None or not steps.is_observed():
             calls.run(first, len(rows))
         else:
             calls.run_each(first, len(rows), lambda: reached(step))

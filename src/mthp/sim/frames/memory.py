@@ -250,7 +250,7 @@ class Memory:
             pfns: int64, shape (pages,).
             flags: flags to set in addition to ALLOCATED and OWNED.
         """
-        # try_to_claim_block() (mm/page_alloc.c) gives the whole page block to the migrate type of such a page.
+        # try_to_claim_block() (mm/page_alloc.c) changes the whole page block to the migrate type of such a page.
         if Fl.LRU not in flags:
             self.unmovable[pfns >> self.geometry.pmd_order] = True
         self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
