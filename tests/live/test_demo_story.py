@@ -25,7 +25,7 @@ def test_both_have_large_folios_and_the_mthps_are_the_cheaper_ones() -> None:
     before, mthps, huge, trimmed = seen.chapters
     assert before.coverage == before.added_bytes == 0
     assert mthps.coverage > 0.8
-    # Up to two PMD ranges at each end of the heap and of the arenas are in reach of no kernel.
+    # No kernel reaches the part of a PMD range at each end of each mapping.
     assert huge.coverage > 0.8
     assert mthps.added_bytes < huge.added_bytes / 4
     assert trimmed.added_bytes < huge.added_bytes
