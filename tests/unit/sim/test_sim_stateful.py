@@ -178,19 +178,32 @@ class Life(RuleBasedStateMachine):
         if to + size > BASE + PAGES * PAGE_SIZE:
             return
         flags = Remap.MAYMOVE | Remap.FIXED | (Remap.DONTUNMAP if keep else Remap.NONE)
-        vma = mm.find_vma(start)
-        moved = self.machine.mremap(mm, start, end, size, flags, to)
-        if -moved in (errno.EINVAL, errno.EFAULT):
-            assert moved == -errno.EINVAL or vma is None or not vma.covers(start, end)
+        whole, moved = self.pieces(mm, start, end)
+        result = self.machine.mremap(mm, start, end, size, flags, to)
+        if result == -errno.EINVAL:
             return
-        assert moved == to
+        assert result == (to if whole else -errno.EFAULT)
         shadow, lazy = self.shadow[mm.id], self.lazy[mm.id]
-        contents = {at: shadow[at] for at in range(start, end, PAGE_SIZE) if at in shadow}
-        freed = {at for at in range(start, end, PAGE_SIZE) if at in lazy}
-        self.forget(mm, (to, to + size))
-        self.forget(mm, span)
-        shadow |= {at - start + to: content for at, content in contents.items()}
-        lazy |= {at - start + to for at in freed}
+        # What lies in the gaps between them stays, at the new place too.
+        for first, last in moved:
+            contents = {at: shadow[at] for at in range(first, last, PAGE_SIZE) if at in shadow}
+            freed = {at for at in range(first, last, PAGE_SIZE) if at in lazy}
+            self.forget(mm, (first - start + to, last - start + to))
+            self.forget(mm, (first, last))
+            shadow |= {at - start + to: content for at, content in contents.items()}
+            lazy |= {at - start + to for at in freed}
+
+    def pieces(self, mm: Mm, start: int, end: int) -> tuple[bool, list[tuple[int, int]]]:
+        """Return whether all mappings of a range can move together, and the parts that do until one cannot."""
+        vmas = mm.vmas_in(start, end)
+        if not vmas or vmas[0].start > start:
+            return False, []
+        moved: list[tuple[int, int]] = []
+        for vma in vmas:
+            if vma.userfaultfd_armed and (vma.start > start or vma.end < end):
+                return False, moved
+            moved.append((max(vma.start, start), min(vma.end, end)))
+        return True, moved
 
     @rule(
         which=WHICH,
