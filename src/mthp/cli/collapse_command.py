@@ -23,7 +23,7 @@ from mthp.cli.options import (
     planned,
     small_option,
 )
-from mthp.cli.render.collapse import print_report, reason_of
+from mthp.cli.render.outcomes import print_report, reason_of
 from mthp.cli.render.output import console, milliseconds, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument

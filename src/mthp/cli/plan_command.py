@@ -12,7 +12,7 @@ from mthp.abilities import move_refusals
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
 from mthp.cli.render.output import console, note, print_json, progress_bar
-from mthp.cli.render.plan import print_allowed, print_plan, reach_table, reached_share
+from mthp.cli.render.planned import print_allowed, print_plan, reach_table, reached_share
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, print_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of

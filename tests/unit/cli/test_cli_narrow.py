@@ -21,7 +21,7 @@ from golden.loader import HERE
 from mthp.cli import main, status_command
 from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
-from mthp.cli.render.collapse import print_report
+from mthp.cli.render.outcomes import print_report
 from mthp.cli.render.output import console
 from mthp.daemon.telemetry import WorkCounters
 from mthp.demo.story import Chapter, Speed, Story

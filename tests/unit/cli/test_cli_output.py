@@ -17,9 +17,9 @@ from mthp import targets
 from mthp.cli import plan_command
 from mthp.cli.inspect_command import TOP_MAPPINGS, print_census
 from mthp.cli.options import planned
-from mthp.cli.render.collapse import print_report
+from mthp.cli.render.outcomes import print_report
 from mthp.cli.render.output import PLAIN_WIDTH, console, note, print_json, progress_bar, say
-from mthp.cli.render.plan import print_plan
+from mthp.cli.render.planned import print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
 from mthp.engine.census import take_census

@@ -10,7 +10,7 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.cli import main
-from mthp.cli.render.plan import reach_table
+from mthp.cli.render.planned import reach_table
 from mthp.engine.packing import Packing
 from mthp.engine.planning import plan_space
 from mthp.engine.reach import Limit, Steps, Supply, reachable

@@ -10,9 +10,9 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.cli.inspect_command import print_census
-from mthp.cli.render.collapse import print_report
+from mthp.cli.render.outcomes import print_report
 from mthp.cli.render.output import console
-from mthp.cli.render.plan import print_allowed, print_plan
+from mthp.cli.render.planned import print_allowed, print_plan
 from mthp.eligibility import eligibility
 from mthp.engine.allowed import allowed_of
 from mthp.engine.census import take_census

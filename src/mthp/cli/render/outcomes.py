@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mthp.cli.render.output import milliseconds, note, say
-from mthp.cli.render.plan import (
+from mthp.cli.render.planned import (
     left_table,
     print_allowed,
     print_plan,
