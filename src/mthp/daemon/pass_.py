@@ -24,8 +24,8 @@ from mthp.daemon.eagerness import EagernessLevel, large_enough
 from mthp.daemon.environment import Environment
 from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
-from mthp.engine.parts import Parts
 from mthp.engine.select import PlanOptions
+from mthp.engine.smallblocks import Parts
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage

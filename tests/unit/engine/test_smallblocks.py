@@ -8,9 +8,9 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.engine.admission import Candidate
-from mthp.engine.parts import BATCH, Parts
 from mthp.engine.planning import plan_parts, plan_space
 from mthp.engine.select import PlanOptions
+from mthp.engine.smallblocks import BATCH, Parts
 from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
