@@ -15,7 +15,8 @@ from mthp.daemon import config
 from mthp.daemon.config import Own, parse_configuration
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
-from mthp.lab import grid, scenario, tables
+from mthp.lab import grid, scenario
+from mthp.lab import scenariotables as tables
 from mthp.lab.grid import Grid, read_grid
 from mthp.lab.scenario import load_scenario
 from mthp.lab.workloads import MODELS

@@ -20,8 +20,8 @@ from mthp.files import check_output
 from mthp.units import format_size, percent
 
 if TYPE_CHECKING:
+    from mthp.lab.scenariotables import Scenario
     from mthp.lab.simulation import Outcome
-    from mthp.lab.tables import Scenario
 
 WANTED = 0.5
 """The coverage until which the time is printed."""

@@ -10,7 +10,7 @@ from typing import Any
 from mthp.bounded import Bound
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.lab.tables import MachineSettings, ProcessPlan, TopLevelKeys, TrimSettings
+from mthp.lab.scenariotables import MachineSettings, ProcessPlan, TopLevelKeys, TrimSettings
 from mthp.units import format_size
 
 BYTES_PER_PAGE = 20

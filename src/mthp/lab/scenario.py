@@ -1,6 +1,6 @@
 """Scenarios of `mthp simulate`, as TOML files.
 
-Every table is a dataclass of :mod:`mthp.lab.tables`, which :mod:`mthp.toml` reads.
+Every table is a dataclass of :mod:`mthp.lab.scenariotables`, which :mod:`mthp.toml` reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mthp.errors import UsageError
 from mthp.files import begins
 from mthp.geometry import geometry_named
 from mthp.lab.feasible import check_machine, check_processes, check_trims
-from mthp.lab.tables import (
+from mthp.lab.scenariotables import (
     FaultSettings,
     MachineSettings,
     ProcessPlan,

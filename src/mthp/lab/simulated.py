@@ -14,8 +14,8 @@ from mthp.errors import UsageError
 from mthp.files import PUBLIC, creating
 from mthp.lab.figures import Row
 from mthp.lab.rows import checked_rows
+from mthp.lab.scenariotables import Scenario
 from mthp.lab.simulation import Outcome
-from mthp.lab.tables import Scenario
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.snapshot.table import pyarrow
 

@@ -21,7 +21,7 @@ from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.makers import Maker
-from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario, TrimSettings
+from mthp.lab.scenariotables import FaultSettings, ProcessPlan, Scenario, TrimSettings
 from mthp.lab.upkeep import Upkeep
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.ptes import Pte

@@ -8,7 +8,7 @@ from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage, RestClock, VisitedSpace
 from mthp.lab.makers import Maker
-from mthp.lab.tables import TrimSettings
+from mthp.lab.scenariotables import TrimSettings
 from mthp.lab.workloads.program import Program
 from mthp.means import Means
 from mthp.sim import Machine, SimSpace

@@ -10,11 +10,11 @@ import pytest
 
 from mthp.errors import UsageError
 from mthp.lab.scenario import load_scenario
-from mthp.lab.tables import Scenario, TrimSettings
+from mthp.lab.scenariotables import Scenario, TrimSettings
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.golang import GoHeap
 from mthp.lab.workloads.redis import Redis
-from mthp.lab.workloads.replay import Replay
+from mthp.lab.workloads.replayed import Replay
 from mthp.toml import readers_of
 
 GOOD = """

@@ -16,7 +16,7 @@ from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
 from mthp.daemon.config import Own
 from mthp.daemon.rules import Settings
-from mthp.lab import tables
+from mthp.lab import scenariotables as tables
 from mthp.lab.grid import Grid
 from mthp.lab.workloads import MODELS
 from mthp.naming import Match

@@ -10,10 +10,10 @@ from __future__ import annotations
 from mthp.lab.workloads.arena import SparseArena
 from mthp.lab.workloads.golang import GoHeap
 from mthp.lab.workloads.loader import TorchLoader
+from mthp.lab.workloads.microservice import Service
 from mthp.lab.workloads.program import Model
 from mthp.lab.workloads.redis import Redis
-from mthp.lab.workloads.replay import Replay
-from mthp.lab.workloads.service import Service
+from mthp.lab.workloads.replayed import Replay
 
 MODELS: dict[str, type[Model]] = {
     "redis": Redis,
