@@ -29,9 +29,9 @@ from mthp.lab.grid import Grid
 from mthp.lab.runners import local
 from mthp.lab.sweep import sweep
 from mthp.report import write
-from mthp.report.results import report_on_comparison
-from mthp.report.simulation import report_on_simulation
-from mthp.report.swept import report_on_sweep
+from mthp.report.comparisons import report_on_comparison
+from mthp.report.simulations import report_on_simulation
+from mthp.report.sweeps import report_on_sweep
 from mthp.snapshot import record
 from strategies import examples
 

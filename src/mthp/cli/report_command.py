@@ -81,10 +81,10 @@ def command(
     from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
     from mthp.report import load_template, write
+    from mthp.report.comparisons import is_json, report_on_comparison
     from mthp.report.gather import Source, report_on
-    from mthp.report.results import is_json, report_on_comparison
-    from mthp.report.simulation import report_on_simulation
-    from mthp.report.swept import report_on_sweep
+    from mthp.report.simulations import report_on_simulation
+    from mthp.report.sweeps import report_on_sweep
 
     # What may fail without any work fails first.
     check_output(output, overwrite=force)

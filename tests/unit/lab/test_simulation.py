@@ -13,7 +13,7 @@ from mthp.lab.figures import METRICS
 from mthp.lab.scenario import load_scenario
 from mthp.lab.simulation import Outcome, _Run, simulate
 from mthp.ptes import Pte
-from mthp.report.simulation import report_on_simulation
+from mthp.report.simulations import report_on_simulation
 from mthp.snapshot import record
 from report_spaces import mixed
 from simcheck import check
