@@ -28,7 +28,7 @@ import pytest
 
 from mthp.daemon.ipc import LOCK_NAME
 from mthp.errors import MthpError
-from mthp.linux.journal.files import default_root
+from mthp.linux.journal.store import default_root
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process

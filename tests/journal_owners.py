@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import mthp.linux.journal
-from mthp.linux.journal.files import has_entries
+from mthp.linux.journal.store import has_entries
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.sysfs import ThpSysfs
 from waiting import until

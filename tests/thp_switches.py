@@ -8,8 +8,8 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from mthp.linux.journal.files import JournalFiles, default_root
 from mthp.linux.journal.putback import settle
+from mthp.linux.journal.store import JournalFiles, default_root
 
 THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from e2e.helpers import mthp, mthp_json
-from mthp.linux.journal.files import LOCK_NAME, default_root
+from mthp.linux.journal.store import LOCK_NAME, default_root
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import MTHP, mthp
-from mthp.linux.journal.files import JOURNAL_NAME, default_root
+from mthp.linux.journal.store import JOURNAL_NAME, default_root
 from mthp.linux.journal.switches import SwitchJournal
 from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import PATIENCE, until

@@ -13,7 +13,7 @@ import pytest
 
 from daemons import RunningDaemon
 from journal_owners import watchers_of
-from mthp.linux.journal.files import default_root, has_entries
+from mthp.linux.journal.store import default_root, has_entries
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import until
 

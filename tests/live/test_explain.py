@@ -13,7 +13,7 @@ from e2e.helpers import mthp, mthp_json
 from mthp.engine.explain import Explanation, explain_space
 from mthp.linux import kernel_scans
 from mthp.linux.kernel_scans import watch_scans
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.targets import open_target
 from targets import PAGE_SIZE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches

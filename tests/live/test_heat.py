@@ -18,9 +18,10 @@ from e2e.helpers import mthp_json
 from mthp.abilities import heat_of
 from mthp.errors import UnsupportedError
 from mthp.heat import Heat, HeatRequest
-from mthp.linux.heat import damon, idle
-from mthp.linux.journal.files import all_roots
+from mthp.linux.heat import damon
+from mthp.linux.heat import idle_tracking as idle
 from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instance, write_instance
+from mthp.linux.journal.store import all_roots
 from mthp.linux.live import open_live
 from mthp.linux.sysfs import THP_ROOT
 from targets import PMD_SIZE
@@ -145,7 +146,7 @@ def test_a_kdamond_ends_with_a_mthp_that_is_killed() -> None:
 @pytest.mark.usefixtures("free_damon")
 def test_the_next_start_ends_what_no_watcher_did() -> None:
     code = (
-        "import time\nfrom mthp.linux.journal.files import all_roots\n"
+        "import time\nfrom mthp.linux.journal.store import all_roots\n"
         "from mthp.linux.journal.switches import SwitchJournal\n"
         f"with SwitchJournal(all_roots()[1], watched=False).settings({{{INSTANCE!r}: '123456789'}}):\n"
         "    print('there', flush=True)\n    time.sleep(600)\n"

@@ -17,7 +17,7 @@ import pytest
 from early_imports import import_all
 from journal_owners import watchers_of
 from mthp.errors import NotPermittedError
-from mthp.linux.journal.files import has_entries
+from mthp.linux.journal.store import has_entries
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from targets import PMD_ORDER, PMD_SIZE, Puppet

@@ -19,7 +19,7 @@ from daemons import RunningDaemon
 from e2e.helpers import MTHP
 from journal_owners import watchers_of
 from mover_targets import LEFT_SECONDS, Writers, belongings
-from mthp.linux.journal.files import default_root, has_entries
+from mthp.linux.journal.store import default_root, has_entries
 from targets import PMD_ORDER
 from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import PATIENCE, until, wait_for

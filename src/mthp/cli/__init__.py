@@ -89,7 +89,7 @@ def _mthp() -> None:
 
 def _put_back_leftovers() -> None:
     """Put back the switches that mthp left changed when it was killed with its watcher, as by cgroup.kill."""
-    from mthp.linux.journal.files import all_roots, has_entries
+    from mthp.linux.journal.store import all_roots, has_entries
 
     with contextlib.suppress(UnsupportedError):
         left = [root for root in all_roots() if has_entries(root)]

@@ -27,7 +27,7 @@ run_dir_option = click.option(
 def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
     """Return the answer of the daemon with its socket in `run_dir`."""
     from mthp.daemon.ipc import SOCKET_NAME, ask
-    from mthp.linux.journal.files import default_root
+    from mthp.linux.journal.store import default_root
 
     return ask((run_dir or default_root()) / SOCKET_NAME, command)
 

@@ -104,7 +104,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
         click.echo(f"{len(configuration.rules.rules)} rules, no errors")
         return 0
     from mthp.daemon.service import Daemon
-    from mthp.linux.journal.files import default_root
+    from mthp.linux.journal.store import default_root
 
     Daemon(load, run_dir or default_root(), __version__, _say).run()
     return 0

@@ -16,7 +16,7 @@ from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.engine.explain import Explanation, explain_space
 from mthp.errors import MthpError, UsageError
 from mthp.linux.kernel_scans import watch_scans
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.targets import open_target, pid_of, resolve
 from mthp.units import format_size
 

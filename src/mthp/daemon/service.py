@@ -33,7 +33,7 @@ from mthp.daemon.telemetry import EventLog
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
-from mthp.linux.journal.files import LOCK_NAME, default_root
+from mthp.linux.journal.store import LOCK_NAME, default_root
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, CAPABILITY_NAMES, Rights

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 

@@ -19,7 +19,7 @@ import numpy as np
 from mthp.errors import TargetVanishedError
 from mthp.linux.heat import PATIENCE, anonymous_segments
 from mthp.linux.heat.frames import Frames, frames_of
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.tracepoints import Event, Tracepoints, read_formats, tracefs
 from mthp.ptes import Segment
 from mthp.results import ScanResult

@@ -22,7 +22,6 @@ from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.geometry import Geometry
 from mthp.heat import Heat, HeatRequest
 from mthp.linux import abi, procfs
-from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
 from mthp.linux.facts import FactsReader
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
@@ -30,10 +29,11 @@ from mthp.linux.headroom import free_memory, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
 from mthp.linux.memoryblocks import memory_blocks
+from mthp.linux.pagecolumns import ColumnReader
 from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
 from mthp.linux.pins import pinned_by
 from mthp.linux.process import Process, ProcStat
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.blocks import SplitBlocks
 from mthp.linux.split.file import split_ability
 from mthp.linux.split.trim import Trimmer

@@ -9,7 +9,7 @@ from mthp.abilities import memory_bounds
 from mthp.budget import MACHINE
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux import abi, procfs
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult, result_of_madvise
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mthp.abilities import READ_BLOCK
 from mthp.geometry import Geometry
-from mthp.linux.columns import ColumnReader, Windows, windows_of
+from mthp.linux.pagecolumns import ColumnReader, Windows, windows_of
 from mthp.linux.pagemap import Pagemap
 from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks
 

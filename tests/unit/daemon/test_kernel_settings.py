@@ -14,7 +14,7 @@ from journal_owners import BEFORE, OUTER, Tunables
 from mthp.daemon.kernel_settings import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.geometry import X86_64
-from mthp.linux.journal.files import JOURNAL_NAME, LOCK_NAME
+from mthp.linux.journal.store import JOURNAL_NAME, LOCK_NAME
 from mthp.linux.sysfs import ThpSysfs
 
 

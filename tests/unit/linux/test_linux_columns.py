@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.linux import abi
-from mthp.linux.columns import windows_of
+from mthp.linux.pagecolumns import windows_of
 from mthp.linux.pagemap import states
 from mthp.ptes import Pte, spread
 

@@ -7,7 +7,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from mthp.linux import abi, columns
+from mthp.linux import abi
+from mthp.linux import pagecolumns as columns
 from mthp.linux.kpageflags import FolioReader
 
 ANON = abi.KPF_ANON | abi.KPF_SWAPBACKED

@@ -21,15 +21,16 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest
 from mthp.linux import heat as heat_package
-from mthp.linux.heat import damon, idle, measure_heat, pmd_pieces, rounds
+from mthp.linux.heat import damon, measure_heat, pmd_pieces, rounds
+from mthp.linux.heat import idle_tracking as idle
 from mthp.linux.heat.damon import Damon
 from mthp.linux.heat.frames import frame_segments, frames_of, to_virtual
-from mthp.linux.heat.idle import IdlePages
+from mthp.linux.heat.idle_tracking import IdlePages
 from mthp.linux.heat.young import parse_referenced
 from mthp.linux.journal import instance
-from mthp.linux.journal.files import Change, boot_id
 from mthp.linux.journal.instance import INSTANCE, NONE, TAKEN, kdamonds_of, read_instance, write_instance
 from mthp.linux.journal.putback import put_back
+from mthp.linux.journal.store import Change, boot_id
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Pte, PteColumns, Segment

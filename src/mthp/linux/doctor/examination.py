@@ -20,9 +20,9 @@ from mthp.freememory import parse_buddyinfo
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
-from mthp.linux.doctor.heat import HEAT_QUESTIONS
-from mthp.linux.doctor.move import MOVE_QUESTIONS
-from mthp.linux.doctor.split import SPLIT_QUESTIONS
+from mthp.linux.doctor.heat_sources import HEAT_QUESTIONS
+from mthp.linux.doctor.move_ability import MOVE_QUESTIONS
+from mthp.linux.doctor.split_ability import SPLIT_QUESTIONS
 from mthp.linux.headroom import cgroup_bounds, parse_meminfo
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights

@@ -2,7 +2,7 @@
 
 - :mod:`~mthp.linux.heat.damon` samples each PMD range, by virtual addresses or by the frames behind them. It does not
   disturb reclaim: where it clears a young bit, it records that the folio is young.
-- :mod:`~mthp.linux.heat.idle` samples single pages of each PMD range, and does not disturb reclaim either.
+- :mod:`~mthp.linux.heat.idle_tracking` samples single pages of each PMD range, and does not disturb reclaim either.
 - :mod:`~mthp.linux.heat.young` measures the used part of each mapping. The pages look unused to reclaim until they are
   used again.
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.heat import Heat, HeatRequest
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.ptes import Segment
 from mthp.vma import VmaKind
 
@@ -60,7 +60,7 @@ def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
     """
     # Imported here: each needs these helpers.
     from mthp.linux.heat.damon import Damon
-    from mthp.linux.heat.idle import IdlePages
+    from mthp.linux.heat.idle_tracking import IdlePages
     from mthp.linux.heat.young import YoungBits
 
     sources: dict[str, Callable[[], HeatSource]] = {"damon": Damon, "idle": IdlePages, "young": YoungBits}

@@ -26,10 +26,10 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.heat import Heat
 from mthp.linux.heat import MAX_SHARE, Stop, anonymous_segments, not_permitted, pmd_pieces
 from mthp.linux.heat.frames import frame_segments, frames_of, to_virtual
-from mthp.linux.journal.files import all_roots
 from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instance, write_file
+from mthp.linux.journal.store import all_roots
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Segment
 

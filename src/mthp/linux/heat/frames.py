@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mthp.abilities import READ_BLOCK
 from mthp.errors import NotPermittedError
 from mthp.heat import Heat
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.ptes import Pte, Segment, in_blocks
 
 GAP_FRAMES = 512

@@ -15,7 +15,7 @@ import numpy as np
 
 from mthp.heat import Heat
 from mthp.linux.heat import Stop, rounds
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.vma import VmaKind
 
 REMARK = (

@@ -1,7 +1,7 @@
 """The undo log of everything that mthp changes on a machine, and the process that carries it out when mthp dies.
 
 :mod:`~mthp.linux.journal.switches` sets switches for a *window* and puts them back. It writes each change to
-:mod:`~mthp.linux.journal.files` first. :mod:`~mthp.linux.journal.putback` undoes the changes there. A window ends
+:mod:`~mthp.linux.journal.store` first. :mod:`~mthp.linux.journal.putback` undoes the changes there. A window ends
 without its owner in three ways:
 
 1. *The owner dies* (SIGKILL, the OOM killer). A watcher process, which :mod:`~mthp.linux.journal.guard` starts before

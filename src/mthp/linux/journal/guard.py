@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mthp.errors import MthpError, UnsupportedError
 from mthp.linux.journal import watcher
-from mthp.linux.journal.files import owner_of
+from mthp.linux.journal.store import owner_of
 
 READY_SECONDS = 10.0
 """Seconds to wait for a second watcher if the first ended before it was ready."""
@@ -49,7 +49,7 @@ class Guard:
         """Start a watcher if there is none.
 
         Args:
-            journal: identity of the file, see :class:`~mthp.linux.journal.files.JournalFiles`.
+            journal: identity of the file, see :class:`~mthp.linux.journal.store.JournalFiles`.
 
         Raises:
             UnsupportedError: there is no interpreter to run it with.

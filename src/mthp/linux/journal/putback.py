@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.errors import MthpError
-from mthp.linux.journal.files import Change, JournalFiles, boot_id
 from mthp.linux.journal.instance import INSTANCE, kdamonds_of, read_instance, write_instance, write_setting
+from mthp.linux.journal.store import Change, JournalFiles, boot_id
 
 _CHOSEN = re.compile(r"\[(\w+)\]")
 
@@ -19,7 +19,7 @@ class Restored:
     """The result of undoing one change of a run that crashed.
 
     Attributes:
-        switch: as in :class:`~mthp.linux.journal.files.Change`.
+        switch: as in :class:`~mthp.linux.journal.store.Change`.
         found: the word before undoing, or ``""`` if the switch is gone.
         was: the word from before that run's change.
         put_back: whether it was put back; if not, another program has changed it since, and it keeps that word.

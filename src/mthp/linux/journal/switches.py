@@ -23,9 +23,9 @@ from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.interruptions import interruptions_held_back, suspension_held_back
-from mthp.linux.journal.files import Change, JournalFiles, all_roots, boot_id, default_root, owner_of
 from mthp.linux.journal.guard import Guard, guard_of
 from mthp.linux.journal.putback import Restored, path_of, put_back, read_word, settle, write_word
+from mthp.linux.journal.store import Change, JournalFiles, all_roots, boot_id, default_root, owner_of
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 

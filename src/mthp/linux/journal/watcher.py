@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from mthp.errors import MthpError
-from mthp.linux.journal.files import Change, JournalFiles, stat_of
 from mthp.linux.journal.putback import put_back, settle
+from mthp.linux.journal.store import Change, JournalFiles, stat_of
 
 NAME = "mthp-watcher"
 """The name of the process: at most 15 bytes, TASK_COMM_LEN of the kernel without the terminating zero."""
@@ -45,7 +45,7 @@ def main(root: str, sysfs: str, pid: str, owner: str) -> None:
     """Watch until the owner is gone, or has had no window for a while.
 
     Args:
-        owner: prefix of the owner's entries, see :func:`mthp.linux.journal.files.owner_of`.
+        owner: prefix of the owner's entries, see :func:`mthp.linux.journal.store.owner_of`.
     """
     _detach()
     files = JournalFiles(Path(root), create=False)

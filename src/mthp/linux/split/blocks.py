@@ -21,7 +21,7 @@ from mthp.closing import Closing
 from mthp.errors import TargetVanishedError
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.divide import BACK_OFF, LargeFolio, divider_of
 from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
 from mthp.linux.split.steps import Part

@@ -21,7 +21,7 @@ from mthp.linux import abi
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.file import SplitAbility, SplitFile
 from mthp.linux.split.steps import Part, SplitWrite, SplitWrites
 

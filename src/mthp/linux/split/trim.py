@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.closing import Closing
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.divide import LargeFolio, divider_of
 from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
 from mthp.ptes import Block

@@ -13,8 +13,8 @@ import pytest
 from journal_owners import BEFORE, INNER, OUTER, Tunables, dying_at, ended, forked
 from mthp.daemon.kernel_settings import TUNABLE
 from mthp.errors import MthpError
-from mthp.linux.journal.files import has_entries
 from mthp.linux.journal.putback import restore
+from mthp.linux.journal.store import has_entries
 from waiting import until
 
 KILLS = int(os.environ.get("MTHP_TEST_KILLS", "30"))

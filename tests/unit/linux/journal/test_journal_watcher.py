@@ -30,7 +30,7 @@ from journal_owners import (
 )
 from mthp.errors import MthpError, UnsupportedError
 from mthp.linux.journal import watcher
-from mthp.linux.journal.files import JOURNAL_NAME, LOCK_NAME, JournalFiles, has_entries, owner_of
+from mthp.linux.journal.store import JOURNAL_NAME, LOCK_NAME, JournalFiles, has_entries, owner_of
 from mthp.linux.journal.watcher import IDLE_TICKS, STOPPED_TICKS, Watcher
 from waiting import until
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.interruptions import interruptions_held_back
-from mthp.linux.journal.files import default_root
 from mthp.linux.journal.putback import Restored
+from mthp.linux.journal.store import default_root
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS

@@ -19,7 +19,7 @@ from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.heat import Heat
 from mthp.linux.heat import Stop, anonymous_segments, not_permitted, rounds
 from mthp.linux.heat.frames import Frames, frames_of
-from mthp.linux.space import ProcessSpace
+from mthp.linux.processspace import ProcessSpace
 
 BITMAP = "page_idle/bitmap"
 """The file below ``/sys/kernel/mm``: one bit for each frame, read and written in words of 64."""

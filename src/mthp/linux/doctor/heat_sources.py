@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mthp.linux.doctor.findings import Answer, Facts, State
-from mthp.linux.heat import damon, idle, young
+from mthp.linux.heat import damon, young
+from mthp.linux.heat import idle_tracking as idle
 
 
 def _damon(facts: Facts) -> Answer:

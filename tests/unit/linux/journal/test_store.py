@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mthp.linux.journal.files import Change, JournalFiles, boot_id
+from mthp.linux.journal.store import Change, JournalFiles, boot_id
 
 
 @pytest.fixture
