@@ -220,7 +220,7 @@ def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, by: Trim
     addresses = [huge(puppet, 40) for _ in range(4)]
     killed = f"""
 import os, signal
-from mthp.linux.split import trim
+from mthp.linux.split import zeroes as trim
 plain, done = trim.Trimmer._one, 0
 def one(self, *rest):
     global done

@@ -36,7 +36,7 @@ from mthp.linux.process import Process, ProcStat
 from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.blocks import SplitBlocks
 from mthp.linux.split.file import split_ability
-from mthp.linux.split.trim import Trimmer
+from mthp.linux.split.zeroes import Trimmer
 from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism

@@ -24,7 +24,7 @@ from mthp.linux.madvise import Madvise
 from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.divide import BACK_OFF, LargeFolio, divider_of
 from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
-from mthp.linux.split.steps import Part
+from mthp.linux.split.writes import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import BlockOutcome, ScanResult

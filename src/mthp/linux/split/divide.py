@@ -23,7 +23,7 @@ from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
 from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.file import SplitAbility, SplitFile
-from mthp.linux.split.steps import Part, SplitWrite, SplitWrites
+from mthp.linux.split.writes import Part, SplitWrite, SplitWrites
 
 PAUSES = (0.0, 0.0, 0.001, 0.005)
 """Seconds before each attempt to split. A shared folio takes two writes on Linux 6.18, a lock is released within

@@ -15,7 +15,7 @@ from mthp.linux.split import blocks
 from mthp.linux.split.blocks import AT_BASE_PAGES, UNDIVIDED, SplitBlocks
 from mthp.linux.split.divide import LargeFolio
 from mthp.linux.split.file import SplitAbility
-from mthp.linux.split.steps import Part
+from mthp.linux.split.writes import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult

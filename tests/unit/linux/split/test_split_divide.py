@@ -16,7 +16,7 @@ from mthp.errors import TargetVanishedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux import abi
 from mthp.linux.split.divide import PAUSES, FolioDivider, LargeFolio
-from mthp.linux.split.steps import Part
+from mthp.linux.split.writes import Part
 
 START, PFN, PID = 1 << 40, 1 << 20, 77
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.linux.split.steps import WRITE_PAGES, Part, SplitWrites
+from mthp.linux.split.writes import WRITE_PAGES, Part, SplitWrites
 
 ALL = [X86_64, *GEOMETRIES.values()]
 
