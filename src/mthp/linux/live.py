@@ -341,7 +341,7 @@ class LiveAddressSpace(ProcessSpace):
         # Imported here: reading alone does not need them.
         from mthp.linux.journal.switches import SwitchJournal
         from mthp.linux.mover.mover import Mover, hold_of
-        from mthp.linux.mover.target import MoveTarget
+        from mthp.linux.mover.movetarget import MoveTarget
 
         target = MoveTarget(self.process, self._geometry, self.read, self.mapcounts)
         hold = hold_of(target, guarded=self.guarded)

@@ -14,7 +14,7 @@ Reading order
    - :mod:`~mthp.linux.mover.freeze` *stops* every thread (:mod:`~mthp.linux.mover.tracee` keeps them in columns);
    - :mod:`~mthp.linux.mover.inject` brings the code of ``arch/stub_*.S`` in, through :mod:`~mthp.linux.mover.boot`;
    - :mod:`~mthp.linux.mover.park` makes all threads wait in that code, and one of them, the *worker*, move: for each
-     run of neighbours (:mod:`~mthp.linux.mover.runs`) the pages go to scratch memory (UFFDIO_MOVE), and copying the
+     run of neighbours (:mod:`~mthp.linux.mover.adjacent`) the pages go to scratch memory (UFFDIO_MOVE), and copying the
      bytes back faults in a folio of the wanted order for each block;
    - all threads are restored and released (:mod:`~mthp.linux.mover.reentry`).
 

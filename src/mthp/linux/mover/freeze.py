@@ -17,10 +17,10 @@ from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.architecture import Architecture
-from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.refuse.threads import check_thread
 from mthp.linux.mover.steps import Step, reached
+from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import (
     BORROWED_STATES,

@@ -43,7 +43,7 @@ from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.linux.interruptions import interruptions_held_back
-from mthp.linux.mover.calls import executable
+from mthp.linux.mover.callbatches import executable
 from mthp.linux.mover.outcome import LostBytesError, reason_of_move, result_of_move
 from mthp.linux.mover.recheck import Before
 from mthp.linux.mover.refuse.block import SpecialRanges

@@ -22,8 +22,8 @@ from mthp.linux.mover.arch import MACHINES, by_name
 from mthp.linux.mover.boot import CALLS, BootedThread
 from mthp.linux.mover.inject import Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
-from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.session import all_stopped, in_tracing_thread
+from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs

@@ -28,6 +28,7 @@ from mthp.linux import procfs
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.guarded import BlockGuard
+from mthp.linux.mover.movetarget import MoveTarget
 from mthp.linux.mover.outcome import LostBytesError
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, has_userfaultfd, zero_pages_of
 from mthp.linux.mover.refuse.block import SpecialRanges, objection_of, refuse_blocks, special_ranges
@@ -35,7 +36,6 @@ from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_f
 from mthp.linux.mover.refuse.process import PASSING, refuse_process
 from mthp.linux.mover.refuse.sharing import last_pid
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.target import MoveTarget
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.means import Means
 from mthp.movechecks import Refusal, refuse_vma

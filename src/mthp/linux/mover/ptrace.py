@@ -1,6 +1,6 @@
 """Make the ptrace(2) requests of the mover for one thread; each function raises OSError.
 
-Requests for all threads at once go through :mod:`~mthp.linux.mover.calls`, with the same numbers, those of
+Requests for all threads at once go through :mod:`~mthp.linux.mover.callbatches`, with the same numbers, those of
 include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
 architecture has; its layout is in the machine (:mod:`~mthp.linux.mover.arch.architecture`).
 """

@@ -24,6 +24,7 @@ from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.mover import stub
+from mthp.linux.mover.adjacent import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
@@ -35,7 +36,6 @@ from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.recheck import Before, Recheck
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, touches
 from mthp.linux.mover.refuse.threads import check_threads
-from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped

@@ -76,7 +76,7 @@ OPERATION = np.dtype(
         ("ended", _TIME),
     ]
 )
-"""A block to move, or a run of neighbours (:mod:`~mthp.linux.mover.runs`), as the worker reads and writes it."""
+"""A block to move, or a run of neighbours (:mod:`~mthp.linux.mover.adjacent`), as the worker reads and writes it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The threads of a stopped target, in columns: attach, examine, park, put back and detach them.
 
-Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.calls`), made for the first window
+Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.callbatches`), made for the first window
 and used again in every later window with the same threads.
 
 Two effects of a stop on a thread are repaired here: an EINTR that only the stop caused (:meth:`Stopped.examine`), and a
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import ptrace, steps
 from mthp.linux.mover.arch.architecture import Architecture, Registers
-from mthp.linux.mover.calls import Calls
+from mthp.linux.mover.callbatches import Calls
 from mthp.linux.mover.steps import Step, reached
 
 Reader = Callable[[int, int], bytes]

@@ -9,8 +9,8 @@ import platform
 import numpy as np
 import pytest
 
-from mthp.linux.mover import calls
-from mthp.linux.mover.calls import Calls
+from mthp.linux.mover import callbatches as calls
+from mthp.linux.mover.callbatches import Calls
 
 pytestmark = pytest.mark.skipif(platform.machine() not in calls.CODE, reason="no machine code for this machine")
 

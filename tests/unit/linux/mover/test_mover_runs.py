@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.linux.mover import stub
+from mthp.linux.mover.adjacent import operations_of, outcomes_of, run_lengths
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths
 from mthp.results import ScanResult
 
 REACH = 2 << 20

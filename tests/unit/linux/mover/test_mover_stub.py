@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import calls, stub
+from mthp.linux.mover import callbatches as calls
+from mthp.linux.mover import stub
 from mthp.linux.mover.arch import MACHINES, aarch64, architecture, by_name, x86_64
 from mthp.linux.mover.arch.aarch64 import Aarch64
 from mthp.linux.mover.arch.x86_64 import COLUMN, NO_SYSCALL, X8664

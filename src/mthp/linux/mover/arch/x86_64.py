@@ -22,7 +22,7 @@ from mthp.linux.mover.arch.architecture import (
     Architecture,
     Registers,
 )
-from mthp.linux.mover.calls import executable
+from mthp.linux.mover.callbatches import executable
 
 CODE = bytes.fromhex(
     """

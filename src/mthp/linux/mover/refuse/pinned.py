@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux import abi
+from mthp.linux.mover.movetarget import MoveTarget
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.target import MoveTarget
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import ScanResult
 

@@ -23,10 +23,10 @@ from mthp.linux.abi import KCMP_FILES, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.padding import find_padding
 from mthp.linux.mover.refuse.devices import open_files, refuse_files
 from mthp.linux.mover.refuse.sharing import refuse_sharer
+from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
