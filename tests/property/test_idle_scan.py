@@ -15,7 +15,7 @@ from mthp.engine.visited import Passage
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.sim import Machine
 from mthp.sim.address_space.access import Fault
-from mthp.sim.collapse import khugepaged as sim_khugepaged
+from mthp.sim.collapse import simkhugepaged as sim_khugepaged
 from mthp.sim.frames.memory import Fl
 from mthp.sim.kernel import NEWEST, Kernel, kernel_of
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P

@@ -72,7 +72,7 @@ class Spec:
         the
             others again.
         about: the purpose of a case that was not drawn at random.
-        calls: for ``split`` and ``trim``: the call of each pass, as :data:`mthp.sim.golden.calls.CALLS` has it.
+        calls: for ``split`` and ``trim``: the call of each pass, as :data:`mthp.sim.golden.passcalls.CALLS` has it.
     """
 
     trigger: str

@@ -24,8 +24,8 @@ from mthp.sim.address_space.calls import ADDRESS_LIMIT, SystemCalls
 from mthp.sim.address_space.touch import Touched, touch
 from mthp.sim.allocation.fragment import fragment
 from mthp.sim.clock import Clock, Costs
-from mthp.sim.collapse.khugepaged import Advised, SimTime, SimulatedKhugepaged
-from mthp.sim.collapse.madvise import madvise_collapse
+from mthp.sim.collapse.madvcollapse import madvise_collapse
+from mthp.sim.collapse.simkhugepaged import Advised, SimTime, SimulatedKhugepaged
 from mthp.sim.counters import Counters
 from mthp.sim.frames.lru import LruAddBatch
 from mthp.sim.frames.memory import Memory
@@ -318,5 +318,5 @@ class Machine(SystemCalls):
         return digest(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE); return 0 or an errno (:mod:`mthp.sim.collapse.madvise`)."""
+        """madvise(start, end - start, MADV_COLLAPSE); return 0 or an errno (:mod:`mthp.sim.collapse.madvcollapse`)."""
         return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

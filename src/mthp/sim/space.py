@@ -25,7 +25,7 @@ from mthp.sim.collapse.inplace import divide, trim_folio
 from mthp.sim.collapse.move import move_block
 from mthp.sim.collapse.scan import CollapseControl, SimRange
 from mthp.sim.mm import Mm, Pmd
-from mthp.sim.page_tables.columns import columns_of, tables_in
+from mthp.sim.page_tables.entries import columns_of, tables_in
 from mthp.sim.parts import Parts
 from mthp.sim.zones import buddyinfo, zoneinfo
 from mthp.splitchecks import Refusal, layout_of, refusal_of_mapping, refusal_of_pages

@@ -9,7 +9,7 @@ import pytest
 from mthp.geometry import Geometry
 from mthp.ptes import Segment
 from mthp.results import ScanResult
-from mthp.sim.collapse.madvise import madvise_collapse
+from mthp.sim.collapse.madvcollapse import madvise_collapse
 from simworld import PAGE, SMALL
 
 R = ScanResult

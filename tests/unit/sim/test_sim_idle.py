@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mthp.engine.visited import Passage, VisitedSpace
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.collapse.khugepaged import SimulatedKhugepaged
+from mthp.sim.collapse.simkhugepaged import SimulatedKhugepaged
 from mthp.sim.frames.memory import Fl
 from mthp.sim.parts import CollapseStep, Parts
 from mthp.sim.state import columns

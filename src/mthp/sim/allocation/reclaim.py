@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.sim.frames.buddy import Frames
-from mthp.sim.frames.cgroups import ROOT
+from mthp.sim.frames.memcg import ROOT
 from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import Mm, P, PageTables, Pmd
 from mthp.sim.page_tables.mappings import TableEntries, mappings_of

@@ -18,7 +18,7 @@ from mthp.sim.collapse.huge_page import collapse_huge_page
 from mthp.sim.collapse.look import Look, run_look, scan_look
 from mthp.sim.collapse.single_pmd import RangeScan, collapse_single_pmd
 from mthp.sim.mm import Mm, P, Pmd, Ptes, SimVma
-from mthp.sim.page_tables.columns import columns_of
+from mthp.sim.page_tables.entries import columns_of
 from mthp.sim.parts import Parts
 from mthp.sim.trace import ScanPmd
 

@@ -16,7 +16,7 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.sim.counters import Counters
 from mthp.sim.frames.buddy import Frames, Zone, runs_of
-from mthp.sim.frames.cgroups import ROOT, Cgroups
+from mthp.sim.frames.memcg import ROOT, Cgroups
 
 MAX_PAGE_ORDER = 10
 """Order of the allocator's largest block, unless the PMD order is larger (CONFIG_ARCH_FORCE_MAX_ORDER)."""

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from mthp.bounded import Bound, parse_json, read_small
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
-from mthp.sim.golden.calls import CALLS, Call, call_of
+from mthp.sim.golden.passcalls import CALLS, Call, call_of
 from mthp.tunables import LIMITS, Tunables
 
 REQUIRED = ("id", "trigger", "orders_enabled", *LIMITS, "before", "after")
 
 TRIGGERS = ("khugepaged", "madvise", "split", "trim")
-"""``split`` and ``trim`` make the calls in the case's list (:mod:`mthp.sim.golden.calls`)."""
+"""``split`` and ``trim`` make the calls in the case's list (:mod:`mthp.sim.golden.passcalls`)."""
 
 NEWEST = "7.3"
 """Kernel of a case without the field ``kernel``."""

@@ -16,8 +16,8 @@ from mthp.engine.policy import Policy
 from mthp.sim.address_space.mremap import Remap
 from mthp.sim.frames.buddy import Frames
 from mthp.sim.frames.memory import Fl
-from mthp.sim.golden.calls import Call
 from mthp.sim.golden.cases import LARGE, NO_PAGE, SMALL, SWAPPED, Case, Runs
+from mthp.sim.golden.passcalls import Call
 from mthp.sim.kernel import Kernel
 from mthp.sim.machine import Machine
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, Ptes
