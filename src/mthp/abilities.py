@@ -117,7 +117,7 @@ def service(space: AddressSpace) -> str:
 
 
 @runtime_checkable
-class Mapped(Protocol):
+class ShowsPmdEntries(Protocol):
     """An address space that may know which pages PMD entries map, though it does not see the folios."""
 
     def shows_pmd_entries(self) -> bool: ...
@@ -125,7 +125,7 @@ class Mapped(Protocol):
 
 def shows_pmd_entries(space: AddressSpace) -> bool:
     """Return whether `space` knows which pages PMD entries map, though it does not see the folios."""
-    return isinstance(space, Mapped) and space.shows_pmd_entries()
+    return isinstance(space, ShowsPmdEntries) and space.shows_pmd_entries()
 
 
 @runtime_checkable

@@ -18,8 +18,7 @@ from e2e.helpers import mthp_json
 from mthp.abilities import heat_of
 from mthp.errors import UnsupportedError
 from mthp.heat import Heat, HeatRequest
-from mthp.linux.heat import damon
-from mthp.linux.heat import idle_tracking as idle
+from mthp.linux.heat import damon, idle_tracking
 from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instance, write_instance
 from mthp.linux.journal.store import all_roots
 from mthp.linux.live import open_live
@@ -179,7 +178,7 @@ def test_an_instance_of_another_program_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_idle_pages_tell_what_is_hot() -> None:
-    if (what := idle.lack(THP_ROOT.parent)[0]) != "":
+    if (what := idle_tracking.lack(THP_ROOT.parent)[0]) != "":
         pytest.skip(what)
     with target() as (pid, start), open_live(pid) as space:
         assert hot_share(heat_of(space, HeatRequest("idle", SECONDS)), start) > 0.8

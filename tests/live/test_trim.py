@@ -220,15 +220,15 @@ def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, by: Trim
     addresses = [huge(puppet, 40) for _ in range(4)]
     killed = f"""
 import os, signal
-from mthp.linux.split import zeroes as trim
-plain, done = trim.Trimmer._one, 0
+from mthp.linux.split import zeroes
+plain, done = zeroes.Trimmer._one, 0
 def one(self, *rest):
     global done
     if done == {done}:
         os.kill(os.getpid(), signal.SIGKILL)
     done += 1
     return plain(self, *rest)
-trim.Trimmer._one = one
+zeroes.Trimmer._one = one
 """
     script = TRIMMING.format(pid=puppet.pid, folios=whole(addresses), size=PMD_SIZE, by=by)
     assert subprocess.run([sys.executable, "-c", killed + script], check=False).returncode == -signal.SIGKILL

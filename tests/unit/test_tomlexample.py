@@ -15,8 +15,7 @@ from mthp.daemon import config
 from mthp.daemon.config import Own, parse_configuration
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
-from mthp.lab import grid, scenario
-from mthp.lab import scenariotables as tables
+from mthp.lab import grid, scenario, scenariotables
 from mthp.lab.grid import Grid, read_grid
 from mthp.lab.scenario import load_scenario
 from mthp.lab.workloads import MODELS
@@ -53,11 +52,11 @@ def test_the_text_is_printed_without_any_other_argument(
         (Own, config.example, ("daemon",)),
         (Settings, config.example, ("defaults",)),
         (Grid, grid.example, ()),
-        (tables.TopLevelKeys, scenario.example, ()),
-        (tables.MachineSettings, scenario.example, ("machine",)),
-        (tables.FaultSettings, scenario.example, ("fault", 0)),
-        (tables.TrimSettings, scenario.example, ("trim",)),
-        (tables.ProcessSettings, scenario.example, ("process", 0)),
+        (scenariotables.TopLevelKeys, scenario.example, ()),
+        (scenariotables.MachineSettings, scenario.example, ("machine",)),
+        (scenariotables.FaultSettings, scenario.example, ("fault", 0)),
+        (scenariotables.TrimSettings, scenario.example, ("trim",)),
+        (scenariotables.ProcessSettings, scenario.example, ("process", 0)),
         *((model, scenario.example, ("process", number)) for number, model in enumerate(MODELS.values())),
     ],
 )
@@ -96,8 +95,8 @@ def test_a_scenario_and_a_grid_that_are_printed_can_be_used(tmp_path: Path) -> N
     assert read_grid(tmp_path / "grid.toml") == Grid(("rfc", "mainline", "no-creep"))
     (tmp_path / "scenario.toml").write_text(scenario.example())
     loaded = load_scenario(tmp_path / "scenario.toml")
-    assert loaded.settings == tables.TopLevelKeys(duration=60.0)
-    assert (loaded.machine, loaded.faults, loaded.trim) == (tables.MachineSettings(), (), None)
+    assert loaded.settings == scenariotables.TopLevelKeys(duration=60.0)
+    assert (loaded.machine, loaded.faults, loaded.trim) == (scenariotables.MachineSettings(), (), None)
     ((settings, model),) = [(each.settings, each.model) for each in loaded.processes]
     assert (settings.name, model) == ("redis", MODELS["redis"]())
 

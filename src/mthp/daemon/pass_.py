@@ -25,7 +25,7 @@ from mthp.daemon.environment import Environment
 from mthp.daemon.telemetry import RuleCounters, ServiceCounters, WorkCounters
 from mthp.engine.admission import Admission, Candidate
 from mthp.engine.select import PlanOptions
-from mthp.engine.smallblocks import Parts
+from mthp.engine.smallblocks import SmallBlocks
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
@@ -119,7 +119,7 @@ class TargetPass:
             room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
             self.visit = Visit(self.space, self._choice(), self.means, admit=self._admit, count_folios=True)
-            self._parts = Parts(self.space, self.means, self._admit)
+            self._parts = SmallBlocks(self.space, self.means, self._admit)
         except MthpError:
             self.space.close()
             raise

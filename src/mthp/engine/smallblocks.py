@@ -24,7 +24,7 @@ BATCH = 16
 """Most blocks in a batch: the mover turns on the switch of their size for it, and nothing else is done meanwhile."""
 
 
-class Parts:
+class SmallBlocks:
     """The blocks to make in such memory of one address space.
 
     Args:

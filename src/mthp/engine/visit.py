@@ -223,7 +223,7 @@ class Visit:
         addresses = np.arange(stretch[0], end, size, dtype=np.uint64)
         chosen = addresses if self.choose is None else addresses[self.choose(self.space, addresses)]
         progress = np.ones(len(addresses), np.int64)
-        block = _Block(self, area.job, chosen) if len(chosen) else None
+        block = _RangesRead(self, area.job, chosen) if len(chosen) else None
         if block is not None:
             progress[np.searchsorted(addresses, chosen)] = block.progress
         # khugepaged checks its budget after each range, so the last one may exceed it.
@@ -242,7 +242,7 @@ class Visit:
         return Passage(end, scanned, chosen[:count], results, result, released, tuple(attempts), pages)
 
 
-class _Block:
+class _RangesRead:
     """Some PMD ranges under one set of rules, read at one moment, with the runs to try in each and their results.
 
     Args:

@@ -66,7 +66,7 @@ def _packed(text: str, runs: RunTable, page_size: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _FileBlock:
     """A block of a file.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Block:
     columns: bytes
 
     @classmethod
-    def read(cls, file: BinaryIO) -> _Block | None:
+    def read(cls, file: BinaryIO) -> _FileBlock | None:
         """Return the block at the current position of `file`; None at the end of the file.
 
         Raises:
@@ -153,7 +153,7 @@ class PlainRunReader(RunReader):
         self._rows = 0
         while True:
             begin = file.tell()
-            block = _Block.read(file)
+            block = _FileBlock.read(file)
             if block is None:
                 raise UsageError("damaged: cut short")
             # The description is the last block, and has no rows.
@@ -176,7 +176,7 @@ class PlainRunReader(RunReader):
 
     def _read(self, row_group: int) -> RunTable:
         self._file.seek(self._begins[row_group])
-        block = _Block.read(self._file)
+        block = _FileBlock.read(self._file)
         if block is None:
             raise UsageError("damaged: cut short")
         return block.runs(self.description.geometry.page_size)
@@ -216,9 +216,9 @@ class PlainStreamReader(StreamReader):
         return file
 
     @staticmethod
-    def _next(file: BinaryIO) -> _Block | None:
+    def _next(file: BinaryIO) -> _FileBlock | None:
         try:
-            return _Block.read(file)
+            return _FileBlock.read(file)
         except (OSError, MemoryError) as error:
             raise UsageError(f"damaged or cut short: {error}") from error
 

@@ -10,7 +10,7 @@ from fakes import FakeSpace, page_runs
 from mthp.engine.admission import Candidate
 from mthp.engine.planning import plan_parts, plan_space
 from mthp.engine.select import PlanOptions
-from mthp.engine.smallblocks import BATCH, Parts
+from mthp.engine.smallblocks import BATCH, SmallBlocks
 from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
@@ -44,7 +44,7 @@ def test_it_plans_what_a_plan_with_small_has_outside_of_whole_ranges() -> None:
 
 def test_batches_hold_one_order_the_largest_first() -> None:
     space = heap()
-    parts = Parts(space, Means("madvise,move", fill=True), admit)
+    parts = SmallBlocks(space, Means("madvise,move", fill=True), admit)
     parts.plan(PlanOptions(max_ptes_none=0))
     assert parts.left == 3
     first = parts.batch(1 << 30)
@@ -58,7 +58,7 @@ def test_batches_hold_one_order_the_largest_first() -> None:
 
 @pytest.mark.parametrize(("most_bytes", "made"), [(0, 1), (3 << 16, 3), (1 << 30, BATCH)])
 def test_a_batch_is_bounded_in_bytes_and_blocks(most_bytes: int, made: int) -> None:
-    parts = Parts(heap(pages=400), Means("move"), admit)
+    parts = SmallBlocks(heap(pages=400), Means("move"), admit)
     parts.plan(PlanOptions(orders="64K", max_ptes_none=0))
     assert len(parts.batch(most_bytes).attempts) == made
 
@@ -70,7 +70,7 @@ def test_what_changed_since_it_was_planned_or_is_not_admitted_is_left() -> None:
         asked[candidate.order] += 1
         return ScanResult.EXCEED_NONE_PTE if candidate.filled else ScanResult.SUCCEED
 
-    parts = Parts(space, Means("move"), some)
+    parts = SmallBlocks(space, Means("move"), some)
     parts.plan(PlanOptions(orders="64K", max_ptes_none=0))
     left = parts.left
     for page in range(16):
@@ -84,7 +84,7 @@ def test_what_changed_since_it_was_planned_or_is_not_admitted_is_left() -> None:
 
 
 def test_nothing_more_is_tried_once_told() -> None:
-    parts = Parts(heap(), Means("move"), admit)
+    parts = SmallBlocks(heap(), Means("move"), admit)
     parts.plan(PlanOptions())
     parts.drop()
     assert parts.left == 0

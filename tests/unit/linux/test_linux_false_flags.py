@@ -7,8 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from mthp.linux import abi
-from mthp.linux import pagecolumns as columns
+from mthp.linux import abi, pagecolumns
 from mthp.linux.kpageflags import FolioReader
 
 ANON = abi.KPF_ANON | abi.KPF_SWAPBACKED
@@ -27,11 +26,11 @@ class Folios:
 
 @pytest.mark.parametrize(("flags", "believed"), [(ANON, True), (ANON | abi.KPF_KSM, False)])
 def test_a_page_that_nobody_merged_tells(flags: int, believed: bool) -> None:
-    mask = int(columns._believed(cast("FolioReader", Folios(flags)), lambda: 77))
+    mask = int(pagecolumns._believed(cast("FolioReader", Folios(flags)), lambda: 77))
     assert bool(mask & abi.KPF_KSM) == believed
     assert mask | abi.KPF_KSM == 2**64 - 1
 
 
 def test_without_frames_nothing_is_known_against_it() -> None:
-    assert int(columns._believed(cast("FolioReader", Folios(abi.KPF_KSM)), lambda: 0)) == 2**64 - 1
-    assert int(columns._believed(None)) == 2**64 - 1
+    assert int(pagecolumns._believed(cast("FolioReader", Folios(abi.KPF_KSM)), lambda: 0)) == 2**64 - 1
+    assert int(pagecolumns._believed(None)) == 2**64 - 1

@@ -21,8 +21,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest
 from mthp.linux import heat as heat_package
-from mthp.linux.heat import damon, measure_heat, pmd_pieces, rounds
-from mthp.linux.heat import idle_tracking as idle
+from mthp.linux.heat import damon, idle_tracking, measure_heat, pmd_pieces, rounds
 from mthp.linux.heat.damon import Damon
 from mthp.linux.heat.frames import frame_segments, frames_of, to_virtual
 from mthp.linux.heat.idle_tracking import IdlePages
@@ -410,11 +409,11 @@ def test_idle_pages_tell_the_hot_range(tmp_path: Path, monkeypatch: pytest.Monke
                 file.write(data)
             yield
 
-    monkeypatch.setattr(idle, "rounds", used)
+    monkeypatch.setattr(idle_tracking, "rounds", used)
     heat = IdlePages(tmp_path).measure(Space(), 1.0, never)  # type: ignore[arg-type]
     assert heat.start.tolist() == [BASE + HOT * PMD]
     assert heat.end.tolist() == [BASE + (HOT + 1) * PMD]
-    assert idle.lack(tmp_path) == ("", "")
+    assert idle_tracking.lack(tmp_path) == ("", "")
     with pytest.raises(UnsupportedError, match="no idle page tracking"):
         IdlePages(tmp_path / "none").measure(Space(), 1.0, never)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
 from mthp.daemon.config import Own
 from mthp.daemon.rules import Settings
-from mthp.lab import scenariotables as tables
+from mthp.lab import scenariotables
 from mthp.lab.grid import Grid
 from mthp.lab.workloads import MODELS
 from mthp.naming import Match
@@ -32,10 +32,10 @@ TABLES = (
     Match,
     Settings,
     Grid,
-    tables.TopLevelKeys,
-    tables.MachineSettings,
-    tables.ProcessSettings,
-    tables.TrimSettings,
+    scenariotables.TopLevelKeys,
+    scenariotables.MachineSettings,
+    scenariotables.ProcessSettings,
+    scenariotables.TrimSettings,
 )
 
 
@@ -65,7 +65,7 @@ def options() -> set[str]:
 
 
 def toml_keys() -> set[str]:
-    classes = (*TABLES, tables.FaultSettings, *MODELS.values())
+    classes = (*TABLES, scenariotables.FaultSettings, *MODELS.values())
     # The tables [tunables], [switches] and [[rule]] are not dataclasses of the same names.
     tunables = {field.name for field in dataclasses.fields(Tunables)}
     return {key for each in classes for key in readers_of(each)} | tunables | {"enabled", "deny", "match", "name"}

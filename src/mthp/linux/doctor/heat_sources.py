@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mthp.linux.doctor.findings import Answer, Facts, State
-from mthp.linux.heat import damon, young
-from mthp.linux.heat import idle_tracking as idle
+from mthp.linux.heat import damon, idle_tracking, young
 
 
 def _damon(facts: Facts) -> Answer:
@@ -17,7 +16,7 @@ def _damon(facts: Facts) -> Answer:
 
 
 def _idle(facts: Facts) -> Answer:
-    what, remedy = idle.lack(facts.thp.root.parent)
+    what, remedy = idle_tracking.lack(facts.thp.root.parent)
     if what:
         return Answer(State.MISSING, what, remedy)
     return Answer(State.OK, "available: samples of single pages")

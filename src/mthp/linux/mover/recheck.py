@@ -98,7 +98,7 @@ class Recheck:
         # shows that, which takes long.
         if before.has_userfaultfd:
             vmas = procfs.read_vmas(self._process)
-        mappings, size = _Mappings(self._process, vmas), self._geometry.size_of
+        mappings, size = _PresentMappings(self._process, vmas), self._geometry.size_of
         try:
             objections = [mappings.objection(address, address + size(order)) for address, order in blocks]
         finally:
@@ -164,7 +164,7 @@ class Recheck:
                 objections[index] = _SHARED_NOW if shared[index] else _GONE
 
 
-class _Mappings:
+class _PresentMappings:
     """The present mappings, compared with the earlier ones; each is queried once."""
 
     def __init__(self, process: Process, vmas: Sequence[Vma]) -> None:

@@ -1,7 +1,7 @@
 """The threads of a stopped target, in columns: attach, examine, park, put back and detach them.
 
-Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.callbatches`), made for the first window
-and used again in every later window with the same threads.
+Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.callbatches`), made for the first
+window and used again in every later window with the same threads.
 
 Two effects of a stop on a thread are repaired here: an EINTR that only the stop caused (:meth:`Stopped.examine`), and a
 restartable sequence that it interrupted (:meth:`Stopped.settle`).

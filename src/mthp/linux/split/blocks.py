@@ -67,7 +67,7 @@ class SplitBlocks(Closing):
         ability = split_ability(self._geometry) if ability is None else ability
         # Before anything is opened: a kernel that cannot split would leave every range as one filled PMD folio.
         ability.require_split()
-        self._mappings = _Mappings(space, clock)
+        self._mappings = _ListedMappings(space, clock)
         self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
         self._divider = divider_of(space, opened() if file is None else file, ability)
         self._calls_ns: list[int] = []
@@ -244,7 +244,7 @@ def moved_folios(
     return list(found.values())
 
 
-class _Mappings:
+class _ListedMappings:
     """The mappings of the target, listed again from time to time."""
 
     def __init__(self, space: ProcessSpace, clock: Callable[[], float]) -> None:

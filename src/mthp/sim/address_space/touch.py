@@ -54,7 +54,7 @@ def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[
     done = 0
     while done < len(pages):
         run = slice(done, done + _block_size(parts, mm))
-        block = _Block(parts, mm, pages[run], None if contents is None else contents[run])
+        block = _Accesses(parts, mm, pages[run], None if contents is None else contents[run])
         happened, outcome = block.run()
         done += happened
         if outcome is not Fault.DONE:
@@ -72,7 +72,7 @@ def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Faul
     while start < end:
         stop = min(end, start + _block_size(parts, mm) * page)
         pages = np.arange(start // page, stop // page)
-        block = _Block(parts, mm, pages, np.zeros(len(pages), np.uint32) if write else None)
+        block = _Accesses(parts, mm, pages, np.zeros(len(pages), np.uint32) if write else None)
         strange = block.strange()
         # The others first, as far as the range goes; then the error.
         block.pages = pages[~strange]
@@ -92,7 +92,7 @@ def _block_size(parts: Parts, mm: Mm) -> int:
     return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
 
 
-class _Block:
+class _Accesses:
     """Some adjoining accesses."""
 
     def __init__(self, parts: Parts, mm: Mm, pages: Frames, contents: NDArray[np.uint32] | None) -> None:
@@ -246,7 +246,7 @@ class _Block:
 class _NewFolios:
     """New folios of one order for many faults at once."""
 
-    def __init__(self, block: _Block, vma: SimVma, order: int) -> None:
+    def __init__(self, block: _Accesses, vma: SimVma, order: int) -> None:
         self.parts = block.parts
         self.mm = block.mm
         self.vma = vma

@@ -9,10 +9,10 @@ import platform
 import numpy as np
 import pytest
 
-from mthp.linux.mover import callbatches as calls
+from mthp.linux.mover import callbatches
 from mthp.linux.mover.callbatches import Calls
 
-pytestmark = pytest.mark.skipif(platform.machine() not in calls.CODE, reason="no machine code for this machine")
+pytestmark = pytest.mark.skipif(platform.machine() not in callbatches.CODE, reason="no machine code for this machine")
 
 READ, LSEEK, GETPID = {"x86_64": (0, 8, 39), "aarch64": (63, 62, 172)}.get(platform.machine(), (0, 0, 0))
 
@@ -21,9 +21,9 @@ READ, LSEEK, GETPID = {"x86_64": (0, 8, 39), "aarch64": (63, 62, 172)}.get(platf
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are made by the one or by the other."""
     if request.param == "C library":
-        monkeypatch.setattr(calls, "_runner", lambda: calls.one_by_one)
+        monkeypatch.setattr(callbatches, "_runner", lambda: callbatches.one_by_one)
     else:
-        assert calls._runner() is not calls.one_by_one
+        assert callbatches._runner() is not callbatches.one_by_one
 
 
 @pytest.mark.usefixtures("runner")
@@ -77,11 +77,11 @@ def test_memory_that_may_not_be_executed_is_done_without(monkeypatch: pytest.Mon
     """As under SELinux without execmem, or PR_SET_MDWE."""
 
     class Refusing:
-        mmap, munmap = calls._libc.mmap, calls._libc.munmap
+        mmap, munmap = callbatches._libc.mmap, callbatches._libc.munmap
 
         @staticmethod
         def mprotect(*_: int) -> int:
             return -1
 
-    monkeypatch.setattr(calls, "_libc", Refusing)
-    assert calls.executable(calls.CODE[platform.machine()]) == 0
+    monkeypatch.setattr(callbatches, "_libc", Refusing)
+    assert callbatches.executable(callbatches.CODE[platform.machine()]) == 0

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import callbatches as calls
-from mthp.linux.mover import stub
+from mthp.linux.mover import callbatches, stub
 from mthp.linux.mover.arch import MACHINES, aarch64, architecture, by_name, x86_64
 from mthp.linux.mover.arch.aarch64 import Aarch64
 from mthp.linux.mover.arch.x86_64 import COLUMN, NO_SYSCALL, X8664
@@ -61,9 +60,9 @@ def test_the_boot_code_is_its_source_assembled(tmp_path: Path, name: str) -> Non
     assert len(made) + 8 <= by_name(name).slot_bytes
 
 
-@pytest.mark.parametrize("name", calls.CODE)
+@pytest.mark.parametrize("name", callbatches.CODE)
 def test_the_bytes_of_the_calls_are_their_source_assembled(tmp_path: Path, name: str) -> None:
-    assert assembled(Path(calls.__file__).with_name(f"calls_{name}.S"), name, tmp_path) == calls.CODE[name]
+    assert assembled(Path(callbatches.__file__).with_name(f"calls_{name}.S"), name, tmp_path) == callbatches.CODE[name]
 
 
 def _defines(name: str = "x86_64") -> dict[str, int]:
