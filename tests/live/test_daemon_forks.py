@@ -38,14 +38,22 @@ for line in sys.stdin:
         child = os.fork()
         if not child:
             os.close(write)
+            # A daemon forks twice, and its parent ends.
+            if "twice" in line and os.fork():
+                os._exit(0)
             os.read(read, 1)
             os._exit(0)
+        if "twice" in line:
+            os.waitpid(child, 0)
         os.close(read)
         for at in range(0, len(memory), size // 4):
             memory[at] = 2
     else:
         os.close(write)
-        os.waitpid(child, 0)
+        try:
+            os.waitpid(child, 0)
+        except ChildProcessError:
+            pass
     print("done", flush=True)
 """
 
@@ -73,6 +81,11 @@ def tell(target: subprocess.Popen[str], word: str) -> None:
     assert target.stdout.readline() == "done\n"
 
 
+def explained(run_dir: Path, pid: int) -> str:
+    command = [sys.executable, "-m", "mthp", "explain", str(pid), "--run-dir", str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def huge_share(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return (int(text.split("AnonHugePages:")[1].split()[0]) << 10) / (RANGES * PMD_SIZE)
@@ -83,16 +96,17 @@ def test_coverage_is_back_when_the_child_is_gone_and_nothing_is_collapsed_before
 ) -> None:
     arguments = ("--pid", str(target.pid), "--cpu", "100%")
     with RunningDaemon(tmp_path, *arguments) as daemon:
-        for _ in range(2):
+        for word in ("fork", "fork twice"):
             # All of it, and counted: a piece that was begun before the fork may still end after it.
             until(lambda: huge_share(target.pid) >= 1.0, lambda: str(daemon.target(target.pid)))
             time.sleep(1.0)
-            tell(target, "fork")
+            tell(target, word)
             assert huge_share(target.pid) < 0.1, "each write broke up a folio"
             made = daemon.collapsed(target.pid)
             # Longer than several looks of the daemon.
             time.sleep(3.0)
             assert daemon.collapsed(target.pid) == made
+            assert "since a fork" in explained(tmp_path, target.pid)
             assert huge_share(target.pid) < 0.1
             tell(target, "exit")
             begun = time.monotonic()

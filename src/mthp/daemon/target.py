@@ -20,11 +20,12 @@ from collections import Counter
 
 from mthp.daemon.eagerness import EagernessLevel
 from mthp.daemon.environment import FIRST_LOOK, SHORTEST_LOOK, Environment, on_grid
+from mthp.daemon.forks import Forks
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.pass_ import LeftAlone, TargetPass, account, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
-from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, PartTurns, Sign, SmallFolios
+from mthp.daemon.target_state import HeatKeeper, PartTurns, Sign, SmallFolios
 from mthp.daemon.telemetry import WorkCounters
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
@@ -59,7 +60,7 @@ the target may undo its prctl, which is not visible (:mod:`mthp.thp_unadvised`).
 """
 
 HELD_SECONDS = 1.0
-"""Seconds between two checks whether a child that shares the memory, or eagerness, still holds the work back."""
+"""Seconds between two checks whether a fork, or eagerness, still holds the work back."""
 
 LEFT_OUT_SECONDS = 60.0
 """Seconds after which a process that could not be worked on is tried again."""
@@ -88,7 +89,7 @@ class Target:
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
         level: the current level of eagerness.
-        small_folios, forks: small folios that were made and whether they last, and children of the process.
+        small_folios, forks: small folios that were made and whether they last, and processes that share the memory.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished, closed: whether the process was found to be gone, and whether the target is out of use.
     """
@@ -236,7 +237,7 @@ class Target:
         if level.follow(now, lambda: measured(self.process.read("cgroup").decode(errors="replace"))):
             self._rate.set_rate(level.settings.rate)
             self.stale()
-        return CHILD if self.forks.holds(now) else "" if level.makes else NOT_EAGER
+        return self.forks.reason(now) or ("" if level.makes else NOT_EAGER)
 
     def _leave_out(self, reason: str) -> None:
         if reason != self.left_out:
@@ -279,7 +280,7 @@ class Target:
         self.resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
         # Copy-on-write of folios below the PMD order does not change the layout, so every range is due.
-        if after_fork := self.forks.take_over():
+        if after_fork := self.forks.take_over(now):
             self._ledger.forget()
         touched = sign != self._seen or after_fork
         if touched:

@@ -2,10 +2,6 @@
 
 - :class:`Sign`: the signs that its memory may have changed.
 - :class:`HeatKeeper`: its used memory, sampled in a separate thread while the worker goes on with other processes.
-- :class:`Forks`: the children that it has forked, which share its memory until they execute another program or exit. A
-  collapse in that time copies pages that parent and child share, for both. When the parent writes, copy-on-write breaks
-  up its folios page by page, as while Redis saves its data. So nothing is collapsed until the last child is gone. Then
-  everything is scanned again, broken folios first.
 - :class:`PartTurns`: the times at which its memory outside of whole PMD ranges is planned.
 - :class:`SmallFolios`: the folios below the PMD order that were made in it, and whether they last. The kernel's own
   khugepaged makes huge folios of them again where max_ptes_none lets it (:mod:`mthp.engine.lasting`).
@@ -115,52 +111,6 @@ class HeatKeeper:
     def close(self) -> None:
         """End a measurement as soon as possible."""
         self._closed = True
-
-
-CHILD = "a child shares its memory since a fork: nothing is collapsed until the child ends or executes another program"
-
-LONGEST_CHILD_SECONDS = 600.0
-"""Longest wait for a child, because a server may have permanent ones (PostgreSQL): Redis writes some 100 MB a second to
-its file, so this is 60 GB. Pages that are still shared then are left alone by max_ptes_shared as before.
-"""
-
-SHORT_CHILD_SECONDS = 0.25
-"""Seconds below which a child, as of system(3), executed another program before anything was copied."""
-
-
-class Forks:
-    """The children of one target. The caller of each method but :meth:`holds` holds the worker's lock."""
-
-    def __init__(self) -> None:
-        self._children: dict[int, float] = {}
-        self._over = False
-
-    def began(self, child: int, now: float) -> None:
-        """Note a child."""
-        self._children[child] = now
-
-    def ended(self, child: int, now: float) -> bool:
-        """Note that a child no longer shares memory; return whether memory must be scanned again because of it.
-
-        A child from before the target was watched counts too, because the duration of its sharing is unknown.
-        """
-        since = self._children.pop(child, now - SHORT_CHILD_SECONDS)
-        self._over |= now - since >= SHORT_CHILD_SECONDS
-        return self._over and not self.holds(now)
-
-    def holds(self, now: float) -> bool:
-        """Return whether a child shares the memory, so that nothing may be collapsed now."""
-        # A copy, because the main thread notes children meanwhile.
-        return any(now - since < LONGEST_CHILD_SECONDS for since in list(self._children.values()))
-
-    def take_over(self) -> bool:
-        """Return whether children ended since the last call, so that memory must be scanned again."""
-        over, self._over = self._over, False
-        return over
-
-    def put_back(self, over: bool) -> None:
-        """Return from the next call of :meth:`take_over` what this one did, because nothing was scanned."""
-        self._over |= over
 
 
 PART_SECONDS = 60.0, 3600.0

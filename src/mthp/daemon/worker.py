@@ -12,16 +12,18 @@ import itertools
 import threading
 import traceback
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
+from mthp.daemon.forks import Lineage
 from mthp.daemon.kernel_settings import SystemKnobs
 from mthp.daemon.pressure import MemoryPressure
 from mthp.daemon.rules import Rule
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
-from mthp.linux.procevents import Changes
+from mthp.linux.procevents import Changes, SharingEvent
 from mthp.naming import ProcessFacts
 from mthp.pacing import CpuBudget
 
@@ -78,7 +80,7 @@ class Worker:
         self._scanned_until: int | None = None
         self._rests_until = 0.0
         self._stop = False
-        self._parents: dict[int, int] = {}
+        self._lineage = Lineage(lambda pid: None if (target := self.targets.get(pid)) is None else target.forks)
         self._version = -1
         self._followed = self.beat = self._clock()
         environment.stopping = lambda: self._stop or self.paused
@@ -94,9 +96,9 @@ class Worker:
         """Work on `target` from now on."""
         with self._turn:
             self.targets[target.facts.pid] = target
-            if target.facts.pid in self._parents:
-                # A child shares its parent's memory as much as the parent shares the child's.
-                target.forks.began(target.facts.pid, self._clock())
+            # A child shares its parent's memory as much as the parent shares the child's.
+            for other, since in sorted(self._lineage.sharing(target.facts.pid).items(), key=itemgetter(1)):
+                target.forks.began(other, since)
             self._queue(target)
             self._turn.notify()
 
@@ -118,24 +120,19 @@ class Worker:
             self._turn.notify()
 
     def forked(self, changes: Changes) -> None:
-        """Note which targets have children that share their memory, and which no longer have any."""
+        """Note which targets share their memory since a fork, and which no longer do."""
+        events = list(changes.sharing)
         if changes.lost:
             # Their ends may be among the lost events.
-            gone = [child for child in self._parents if not Path(f"/proc/{child}").exists()]
-            changes.unshared |= dict.fromkeys(gone, 0)
-        if not changes.forked and not changes.unshared:
+            gone = [pid for pid in self._lineage if not Path(f"/proc/{pid}").exists()]
+            events += [SharingEvent("exit", pid) for pid in gone]
+        if not events:
             return
-        now, again = self._clock(), False
+        now = self._clock()
         with self._turn:
-            for child, parent in changes.forked.items():
-                if (target := self.targets.get(parent)) is not None:
-                    target.forks.began(child, now)
-                    self._parents[child] = parent
-            for child, told in changes.unshared.items():
-                parent = self._parents.pop(child, told)
-                for target in (self.targets.get(parent), self.targets.get(child)):
-                    if target is not None and target.forks.ended(child, now):
-                        target.next_at, again = now, True
+            again = self._lineage.take(events, now)
+            for pid in again:
+                self.targets[pid].next_at = now
             if again:
                 self._requeue()
                 self._turn.notify()

@@ -5,7 +5,7 @@ message for every fork, exec, rename and exit. It works in the first PID and net
 before Linux 6.6. :class:`ProcPolling` needs no rights.
 
 Both return the events since the last call as :class:`Changes`. A process that was born and ended in between is in none
-of its sets, so it costs the caller nothing.
+of its sets, so it costs the caller nothing but two events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from mthp.errors import NotPermittedError, UnsupportedError
 
@@ -57,6 +57,20 @@ _SO_RCVBUFFORCE = 33
 _LD_WORD, _JUMP, _JEQ_K, _JEQ_X, _TAX, _RET = 0x20, 0x05, 0x15, 0x1D, 0x07, 0x06
 
 
+class SharingEvent(NamedTuple):
+    """A process begins to share its parent's memory, or shares no memory any more.
+
+    Attributes:
+        kind: what the process did.
+        pid: PID of the process.
+        parent: PID of its parent; 0 where it is unknown, as for exec.
+    """
+
+    kind: Literal["fork", "exec", "exit"]
+    pid: int
+    parent: int = 0
+
+
 @dataclass(slots=True)
 class Changes:
     """Events of processes since the last call, by PID.
@@ -65,16 +79,14 @@ class Changes:
         born: processes that were forked.
         changed: processes that began another program, or took another name.
         gone: processes that ended, and existed at the last call.
-        forked: children that still run and began no other program, each with its parent.
-        unshared: children that ended or began another program, each with its parent, 0 where it is unknown.
+        sharing: all forks, execs and exits, in their order.
         lost: whether events may be missing: list all processes.
     """
 
     born: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
-    forked: dict[int, int] = field(default_factory=dict)
-    unshared: dict[int, int] = field(default_factory=dict)
+    sharing: list[SharingEvent] = field(default_factory=list)
     lost: bool = False
 
 
@@ -184,17 +196,16 @@ class ProcConnector:
                 changes.born.add(words[3])
                 # The PID of a process that ended since the last call may be in use again.
                 changes.gone.discard(words[3])
-                changes.forked[words[3]] = words[1]
+                changes.sharing.append(SharingEvent("fork", words[3], words[1]))
             elif what in (_EXEC, _COMM):
                 if what == _EXEC:
-                    changes.unshared[words[1]] = changes.forked.pop(words[1], 0)
+                    changes.sharing.append(SharingEvent("exec", words[1]))
                 if words[1] not in changes.born:
                     changes.changed.add(words[1])
             elif what == _EXIT:
                 changes.changed.discard(words[1])
-                changes.forked.pop(words[1], None)
                 # struct exit_proc_event: the thread group of the parent is the last field.
-                changes.unshared[words[1]] = words[5]
+                changes.sharing.append(SharingEvent("exit", words[1], words[5]))
                 if words[1] in changes.born:
                     changes.born.discard(words[1])
                 else:

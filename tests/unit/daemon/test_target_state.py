@@ -1,4 +1,4 @@
-"""The state of a target between passes: signs of change, heat, children, small folios."""
+"""The state of a target between passes: signs of change, heat, small folios."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from daemon_stage import (
     small_stage,
 )
 from fakes import FakeSpace
-from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.target_state import CHILD, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign
+from mthp.daemon.target_state import Sign
 from mthp.heat import Heat, HeatRequest
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, Pte
-from mthp.results import ScanResult
 from mthp.tunables import Switches
 from waiting import until
 
@@ -50,86 +48,6 @@ def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the
     stage.target.stale()
     stage.steps(5.0)
     assert to_object(stage.target, G)["remade"]["remade_ranges"] == 0
-
-
-def test_nothing_is_collapsed_while_a_child_shares_the_memory_and_all_of_it_after() -> None:
-    stage = Stage(FULL, FULL, HALF)
-    stage.target.forks.began(8, stage.now)
-    stage.target.forks.began(9, stage.now)
-    stage.steps(30.0)
-    assert stage.collapsed == []
-    assert stage.target.left_out == CHILD
-    assert not stage.target.forks.ended(8, stage.now)
-    assert stage.target.forks.ended(9, stage.now)
-    stage.steps(2.0)
-    assert stage.collapsed == [0, 1, 2]
-    assert stage.target.left_out == ""
-
-
-def test_a_child_that_stays_is_waited_for_no_longer_than_that() -> None:
-    stage = Stage(FULL)
-    stage.target.forks.began(8, stage.now)
-    stage.steps(LONGEST_CHILD_SECONDS - 1)
-    assert stage.collapsed == []
-    stage.steps(5.0)
-    assert stage.collapsed == [0]
-
-
-def test_what_was_shared_is_tried_again_when_the_child_is_gone_and_not_after_an_hour() -> None:
-    stage = Stage(FULL, FULL)
-    stage.space.fails = {START: ScanResult.EXCEED_SHARED_PTE}
-    stage.steps(2 * FIRST_AGE)
-    tried = len(stage.collapsed)
-    assert stage.target.counters.collapsed == {G.pmd_order: 1}
-    stage.space.fails = {}
-    # A child of before the daemon began to listen; its end is known all the same.
-    assert stage.target.forks.ended(8, stage.now)
-    stage.target.next_at = stage.now
-    stage.steps(1.0)
-    assert stage.collapsed[tried:] == [0]
-
-
-def test_what_copy_on_write_broke_up_comes_first() -> None:
-    stage = Stage(HALF, HUGE, FULL, max_ptes_none=511)
-    stage.space.fails = {START + 2 * G.pmd_size: ScanResult.PAGE_COUNT}
-    stage.steps(1.0)
-    tried = len(stage.collapsed)
-    stage.target.forks.began(8, stage.now)
-    # Its PMD entry was split by a write, and half of it unmapped meanwhile.
-    stage.space.write(START + G.pmd_size, Pte.PRESENT, 0, pages=N // 2)
-    stage.space.write(START + G.pmd_size + G.pmd_size // 2, 0, ORDER_NONE, pages=N // 2)
-    stage.now += 5.0
-    assert stage.target.forks.ended(8, stage.now)
-    stage.space.fails = {}
-    stage.target.next_at = stage.now
-    stage.steps(1.0)
-    assert stage.collapsed[tried:] == [1, 2]
-
-
-def test_small_folios_that_copy_on_write_broke_up_are_made_again() -> None:
-    stage = small_stage("split", FULL, orders=(4,))
-    stage.steps(1.0)
-    made = len(stage.collapsed)
-    assert made
-    stage.target.forks.began(8, stage.now)
-    # As many pages are present as before, and none was mapped by a PMD entry.
-    stage.space.write(START, Pte.PRESENT, 0, pages=N)
-    stage.now += 5.0
-    assert stage.target.forks.ended(8, stage.now)
-    stage.target.next_at = stage.now
-    stage.steps(1.0)
-    assert len(stage.collapsed) == 2 * made
-
-
-def test_children_that_begin_another_program_at_once_cost_no_second_look() -> None:
-    stage = Stage(FULL)
-    stage.steps(5.0)
-    scanned = stage.target.counters.scanned_ptes
-    stage.target.forks.began(8, stage.now)
-    stage.now += SHORT_CHILD_SECONDS / 2
-    assert not stage.target.forks.ended(8, stage.now)
-    stage.steps(5.0)
-    assert stage.target.counters.scanned_ptes == scanned
 
 
 class Measured(FakeSpace):

@@ -11,14 +11,14 @@ import pytest
 
 from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
+from mthp.daemon.forks import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.kernel_settings import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import RuleSet, Settings
 from mthp.daemon.target import Target
-from mthp.daemon.target_state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
-from mthp.linux.procevents import Changes
+from mthp.linux.procevents import Changes, SharingEvent
 from mthp.naming import ProcessFacts
 from mthp.pacing import CpuBudget
 from mthp.tunables import Switches, Tunables
@@ -215,15 +215,15 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
 def test_parent_and_child_are_held_until_the_child_shares_nothing_and_then_come_at_once() -> None:
     stage = Stage()
     parent = stage.add(1)
-    stage.worker.forked(Changes(forked={2: 1}))
+    stage.worker.forked(Changes(sharing=[SharingEvent("fork", 2, 1)]))
     child = stage.add(2)
-    assert parent.forks.holds(stage.now)
-    assert child.forks.holds(stage.now)
+    assert parent.forks.reason(stage.now)
+    assert child.forks.reason(stage.now)
     parent.next_at = child.next_at = 500.0
     stage.now += SHORT_CHILD_SECONDS
-    stage.worker.forked(Changes(unshared={2: 0}))
+    stage.worker.forked(Changes(sharing=[SharingEvent("exec", 2)]))
     for target in (parent, child):
-        assert not target.forks.holds(stage.now)
+        assert not target.forks.reason(stage.now)
         assert target.next_at == stage.now
     stage.run(2)
     assert {pid for _, pid in stage.turns} == {1, 2}
@@ -233,8 +233,8 @@ def test_children_whose_end_was_lost_hold_nothing() -> None:
     stage = Stage()
     target = stage.add(1)
     # No process has the first number (the kernel's limit is 4194304); the second is this one.
-    stage.worker.forked(Changes(forked={4194305: 1, os.getpid(): 1}))
+    stage.worker.forked(Changes(sharing=[SharingEvent("fork", pid, 1) for pid in (4194305, os.getpid())]))
     stage.worker.forked(Changes(lost=True))
-    assert target.forks.holds(stage.now)
-    stage.worker.forked(Changes(unshared={os.getpid(): 1}))
-    assert not target.forks.holds(stage.now)
+    assert target.forks.reason(stage.now)
+    stage.worker.forked(Changes(sharing=[SharingEvent("exit", os.getpid(), 1)]))
+    assert not target.forks.reason(stage.now)

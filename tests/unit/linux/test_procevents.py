@@ -14,7 +14,7 @@ import pytest
 
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux.facts import FactsReader
-from mthp.linux.procevents import MAX_GAP, MOST_EVENTS, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
+from mthp.linux.procevents import MAX_GAP, MOST_EVENTS, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling, SharingEvent
 from waiting import until
 
 
@@ -154,32 +154,28 @@ def test_facts_are_those_that_were_asked_for() -> None:
     assert FactsReader().read(1 << 23, frozenset()) is None
 
 
-def test_forks_are_told_of_with_the_parent_until_they_share_nothing(tmp_path: Path) -> None:
+def test_forks_execs_and_exits_are_told_of_in_their_order() -> None:
     changes = connector()
+    # A child that forks and ends, as programs do that become daemons.
     wait, done = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(wait, 1)
+        if os.fork() == 0:
+            os.read(wait, 1)
+            os.execvp("true", ["true"])
         os._exit(0)
-    # Longer than the test waits, because its end would be reported, too.
-    other = subprocess.Popen(["sleep", "infinity"])
-    seen, gone = dict[int, int](), dict[int, int]()
-
-    def look() -> bool:
-        found = changes.changes()
-        seen.update(found.forked)
-        gone.update(found.unshared)
-        return child in seen and other.pid in gone
-
-    until(look, "the events")
-    assert seen[child] == os.getpid()
-    assert child not in gone
-    other.kill()
-    other.wait()
-    os.write(done, b".")
     os.waitpid(child, 0)
-    until(lambda: look() and child in gone, "the end of the child")
-    assert gone[child] == os.getpid()
+    os.write(done, b".")
+    seen: list[SharingEvent] = []
+
+    def grandchild() -> list[SharingEvent]:
+        seen.extend(changes.changes().sharing)
+        born = [event.pid for event in seen if event.kind == "fork" and event.parent == child]
+        return [event for event in seen if event.pid in born]
+
+    until(lambda: [event.kind for event in grandchild()] == ["fork", "exec", "exit"], lambda: str(seen))
+    assert SharingEvent("fork", child, os.getpid()) in seen
+    assert SharingEvent("exit", child, os.getpid()) in seen
     changes.close()
     os.close(wait)
     os.close(done)
