@@ -11,7 +11,6 @@ import click
 
 from mthp import abilities
 from mthp.addrspace import AddressSpace
-from mthp.budget import Amount
 from mthp.cli.options import (
     DURATION,
     RATE,
@@ -19,14 +18,14 @@ from mthp.cli.options import (
     SHARE_OR_ZERO,
     bounds_options,
     json_option,
+    made_of,
     plan_options,
-    planned,
     small_option,
 )
 from mthp.cli.render.outcomes import print_report, reason_of
 from mthp.cli.render.output import console, milliseconds, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument
+from mthp.cli.several import Each, Failed, Total, common_share, do_each, print_each, summed, targets_argument
 from mthp.cli.signals import Wish, exit_code, stopping_on_signals
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport
@@ -35,7 +34,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.means import PAUSE_SHARE, Means, Mechanism, window_ns
 from mthp.metrics import Coverage, out_of_reach_remark
-from mthp.targets import Found, find_targets, refuse_ancestor
+from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
 
 
@@ -68,55 +67,32 @@ class Collapsed:
         return self.report.geometry
 
 
-@dataclass(frozen=True, slots=True)
-class CollapseSum:
+class CollapseSum(Total):
     """The sums of several collapses."""
 
     JSON: ClassVar = (
         "collapsed_bytes moved_bytes copied_bytes bloat_bytes=filled_bytes coverage_before coverage out_of_reach_bytes"
     )
 
-    reports: tuple[CollapseReport, ...]
-
-    @property
-    def collapsed_bytes(self) -> int:
-        """The bytes that PMD entries map now and did not before."""
-        return sum(report.collapsed_bytes for report in self.reports)
-
-    @property
-    def moved_bytes(self) -> int:
-        """The bytes in folios below the PMD size now, and not before."""
-        return sum(report.moved_bytes for report in self.reports)
-
-    @property
-    def copied_bytes(self) -> int:
-        """The bytes of contents in all collapsed memory."""
-        return sum(report.copied_bytes for report in self.reports)
-
-    @property
-    def filled_bytes(self) -> int:
-        """The bytes that the targets grew by."""
-        return sum(report.filled_bytes for report in self.reports)
-
-    @property
-    def out_of_reach_bytes(self) -> int:
-        """The bytes that lie in no whole PMD range of their mapping."""
-        return sum(report.before.out_of_reach_bytes(report.geometry) for report in self.reports)
+    collapsed_bytes = summed("collapsed_bytes")
+    moved_bytes = summed("moved_bytes")
+    copied_bytes = summed("copied_bytes")
+    filled_bytes = summed("filled_bytes")
+    out_of_reach_bytes = summed("plan.out_of_reach_bytes")
 
     @property
     def coverage_before(self) -> float:
         """The share of all targets' memory in folios of the requested sizes, before."""
-        return self._share([report.before for report in self.reports])
+        return self._share([report.before for report in self.parts])
 
     @property
     def coverage(self) -> float:
         """The same share afterwards."""
         # After a dry run there is nothing to measure.
-        return self._share([report.plan.after if report.dry_run else report.after for report in self.reports])
+        return self._share([report.plan.after if report.dry_run else report.after for report in self.parts])
 
     def _share(self, parts: list[Coverage]) -> float:
-        # All have the same options, and so the same smallest order.
-        return Coverage.total(parts).share(self.reports[0].plan.asked_order) if parts else 0.0
+        return common_share([report.plan for report in self.parts], parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,24 +154,7 @@ class Collapses:
 @click.option("--verify", is_flag=True, help="Compare the bytes of every moved folio before and after.")
 @click.option("--dry-run", is_flag=True, help="Print the predicted result, and change nothing.")
 @json_option
-def command(
-    targets: tuple[str, ...],
-    mechanism: Any,
-    max_bloat: Amount | None,
-    max_copied: Amount | None,
-    reserve: Amount | None,
-    max_threads: int | None,
-    rate: int | None,
-    min_coverage: float | None,
-    max_pause: float,
-    pause_share: float,
-    min_split_share: float,
-    fill: bool,
-    verify: bool,
-    dry_run: bool,
-    as_json: bool,
-    **options: Any,
-) -> int:
+def command(targets: tuple[str, ...], min_coverage: float | None, dry_run: bool, as_json: bool, **options: Any) -> int:
     """Collapse the memory of each TARGET, now, as `mthp plan` predicts with the same options.
 
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel's MADV_COLLAPSE makes folios of
@@ -210,43 +169,18 @@ def command(
     Holes are filled up to --max-bloat, pages are copied up to --max-copied, and the memory that --reserve names is left
     free below every limit of TARGET's cgroups and of the machine. The first failed charge ends the run.
     """
-    means = Means(
-        mechanism=mechanism,
-        max_bloat=max_bloat,
-        max_copied=max_copied,
-        reserve=reserve,
-        max_threads=max_threads,
-        rate=rate,
-        max_pause=max_pause,
-        pause_share=pause_share,
-        min_split_share=min_split_share,
-        fill=fill,
-        verify=verify,
-    )
-    chosen, named = planned(options), find_targets(targets)
+    chosen, means = made_of(PlanOptions, options), made_of(Means, options)
     with stopping_on_signals() as stop:
 
         def work(found: Found) -> tuple[Collapsed, int]:
             made = _collapse_one(found, chosen, means, min_coverage, stop, dry_run=dry_run, hidden=as_json)
-            report, covered = made.report, made.wanted.min_coverage_reached
-            return made, 4 if report.vanished else 0 if report.complete and covered else 1
+            return made, _code(made, stop)
 
-        if named.single:
-            # Before anything changes. do_each() leaves out those that a name found.
-            refuse_ancestor(named.found[0].target)
-            made, code = work(named.found[0])
-            if as_json:
-                print_json("collapse", made.report, made.wanted)
-            else:
-                print_report(console(), made.report, min_coverage, made.wanted.move_refusals)
-            # A signal after the last block changed nothing.
-            return exit_code(stop.number) if made.report.interrupted and stop() else code
-        each = do_each(named, work, changes=True, stop=stop)
-    total = CollapseSum(tuple(made.report for made in each.done))
+        each = do_each(find_targets(targets), work, changes=True, stop=stop)
+    total = CollapseSum([made.report for made in each.done])
     if as_json:
-        print_json("collapse", Collapses(each.all, total))
-    # A name that one process fits is shown as its PID would be.
-    elif len(each.results) == len(each.done) == 1:
+        print_json("collapse", each.done[0] if each.single else Collapses(each.all, total))
+    elif each.one:
         print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
         # All targets are processes of this machine.
@@ -255,7 +189,14 @@ def command(
             out_of_reach_remark(total.out_of_reach_bytes, made.geometry, recommend=recommend) for made in each.done[:1]
         ]
         print_each(each, targets_table(each, total), reach)
-    return exit_code(stop.number) if stop() else each.code
+    return each.code
+
+
+def _code(made: Collapsed, stop: Wish) -> int:
+    # A signal after the last block changed nothing.
+    if made.report.interrupted and stop():
+        return exit_code(stop.number)
+    return 4 if made.report.vanished else 0 if made.report.complete and made.wanted.min_coverage_reached else 1
 
 
 def _collapse_one(
@@ -291,7 +232,7 @@ def targets_table(each: Each[Collapsed], total: CollapseSum) -> Table:
     rows = each.lines(
         lambda found, made: [
             made.report.plan.label,
-            *_cells(CollapseSum((made.report,))),
+            *_cells(CollapseSum([made.report])),
             found.service,
             reason_of(made.report),
         ],

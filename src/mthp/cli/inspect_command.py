@@ -62,15 +62,7 @@ def command(
         with found.open(at=at) as space, progress_bar(f"reading {found.label}", hidden=as_json) as progress:
             return take_census(space, progress, nodes=numa, zero_filled=zero_filled), 0
 
-    named = find_targets(targets)
-    if named.single:
-        census, _ = work(named.found[0])
-        if as_json:
-            print_json("inspect", census)
-        else:
-            print_census(console(), census, show_all=show_all)
-        return 0
-    each = do_each(named, work)
+    each = do_each(find_targets(targets), work)
     censuses = Censuses(
         common_geometry(each.done),
         each.all,
@@ -78,9 +70,8 @@ def command(
         PageCounts.total([census.anonymous for census in each.done]),
     )
     if as_json:
-        print_json("inspect", censuses)
-    # A name that one process fits is shown as its PID would be.
-    elif len(each.results) == len(each.done) == 1:
+        print_json("inspect", each.done[0] if each.single else censuses)
+    elif each.one:
         print_census(console(), each.done[0], show_all=show_all)
     else:
         geometry = censuses.geometry

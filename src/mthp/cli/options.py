@@ -13,9 +13,11 @@ from mthp.cli.completing import complete_policy, complete_target
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.heat import parse_heat
+from mthp.means import Means
 from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Options = TypeVar("Options", PlanOptions, Means)
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -87,7 +89,7 @@ at_option = click.option(
 
 
 def plan_options(function: Command) -> Command:
-    """Add the options for the contents of a plan; :func:`planned` gathers them."""
+    """Add the options that are fields of :class:`PlanOptions`."""
     # Decorators apply from the bottom up, and --help lists the options in that order.
     for option in reversed(_PLAN_OPTIONS):
         function = option(function)
@@ -123,13 +125,11 @@ small_option = click.option(
     help="Memory in no whole PMD range of its mapping too. No kernel collapses it: it takes the mechanism move.",
 )
 
-PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
-
-def planned(options: dict[str, Any]) -> PlanOptions:
-    """Return the :class:`PlanOptions` among a command's `options`."""
-    # The others are the command's own.
-    return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
+def made_of(kind: type[Options], options: dict[str, Any]) -> Options:
+    """Return the dataclass `kind` with those of a command's `options` that are its fields."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in options.items() if name in names})
 
 
 def bounds_options(function: Command) -> Command:

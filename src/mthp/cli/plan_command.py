@@ -10,11 +10,21 @@ from rich.console import Console
 
 from mthp.abilities import move_refusals
 from mthp.addrspace import AddressSpace
-from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
+from mthp.cli.options import at_option, json_option, made_of, plan_options, small_option
 from mthp.cli.render.output import console, note, print_json, progress_bar
 from mthp.cli.render.planned import print_allowed, print_plan, reach_table, reached_share
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, common_geometry, do_each, print_each, targets_argument
+from mthp.cli.several import (
+    Each,
+    Failed,
+    Total,
+    common_geometry,
+    common_share,
+    do_each,
+    print_each,
+    summed,
+    targets_argument,
+)
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
@@ -24,7 +34,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice
 from mthp.geometry import Geometry
 from mthp.means import SMALL_MEANS, USUAL_MEANS, Means
-from mthp.metrics import Coverage, out_of_reach_remark
+from mthp.metrics import out_of_reach_remark
 from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
 
@@ -76,64 +86,30 @@ class Planned:
         return self.plan.geometry
 
 
-@dataclass(frozen=True, slots=True)
-class PlanSum:
-    """The sums of several plans.
-
-    Attributes:
-        plans: plans of the targets.
-    """
+class PlanSum(Total):
+    """The sums of several plans."""
 
     JSON: ClassVar = (
         "planned_bytes resident_bytes copied_bytes bloat_bytes=filled_bytes coverage coverage_after already_bytes"
         " out_of_reach_bytes"
     )
 
-    plans: tuple[SpacePlan, ...]
-
-    @property
-    def planned_bytes(self) -> int:
-        """The bytes in the PMD ranges that were planned."""
-        return sum(plan.planned_bytes for plan in self.plans)
-
-    @property
-    def resident_bytes(self) -> int:
-        """The bytes with contents in these ranges."""
-        return sum(plan.resident_bytes for plan in self.plans)
-
-    @property
-    def copied_bytes(self) -> int:
-        """The bytes that would be copied."""
-        return sum(plan.copied_bytes for plan in self.plans)
-
-    @property
-    def filled_bytes(self) -> int:
-        """The bytes that resident memory would grow by."""
-        return sum(plan.filled_bytes for plan in self.plans)
-
-    @property
-    def already_bytes(self) -> int:
-        """The bytes that already lie in folios of the requested sizes."""
-        return sum(plan.already_bytes for plan in self.plans)
-
-    @property
-    def out_of_reach_bytes(self) -> int:
-        """The bytes that lie in no whole PMD range of their mapping."""
-        return sum(plan.before.out_of_reach_bytes(plan.geometry) for plan in self.plans)
+    planned_bytes = summed("planned_bytes")
+    resident_bytes = summed("resident_bytes")
+    copied_bytes = summed("copied_bytes")
+    filled_bytes = summed("filled_bytes")
+    already_bytes = summed("already_bytes")
+    out_of_reach_bytes = summed("out_of_reach_bytes")
 
     @property
     def coverage(self) -> float:
         """The share of all targets' memory in folios of the requested sizes."""
-        return self._share([plan.before for plan in self.plans])
+        return common_share(self.parts, [plan.before for plan in self.parts])
 
     @property
     def coverage_after(self) -> float:
         """The same share after the plans are carried out."""
-        return self._share([plan.after for plan in self.plans])
-
-    def _share(self, parts: list[Coverage]) -> float:
-        # All have the same options, and so the same smallest order.
-        return Coverage.total(parts).share(self.plans[0].asked_order) if parts else 0.0
+        return common_share(self.parts, [plan.after for plan in self.parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +143,7 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
     A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Limits are the
     system's own unless given.
     """
-    wanted = planned(options)
+    wanted = made_of(PlanOptions, options)
 
     def work(found: Found) -> tuple[Planned, int]:
         with found.open(at=at) as space, progress_bar(f"planning {found.label}", hidden=as_json) as progress:
@@ -184,21 +160,12 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
             now = Now(plan.geometry, allowed, space.missing, refusals, price, resident, again, reach)
             return Planned(plan, now), 0
 
-    named = find_targets(targets)
-    if named.single:
-        made, _ = work(named.found[0])
-        if as_json:
-            print_json("plan", made.plan, made.now)
-        else:
-            _print_one(console(), made)
-        return 0
-    each = do_each(named, work)
+    each = do_each(find_targets(targets), work)
     # Sums of pages of different sizes would mean nothing.
-    geometry, total = common_geometry(each.done), PlanSum(tuple(made.plan for made in each.done))
+    geometry, total = common_geometry(each.done), PlanSum([made.plan for made in each.done])
     if as_json:
-        print_json("plan", Plans(each.all, total))
-    # A name that one process fits is shown as its PID would be.
-    elif len(each.results) == len(each.done) == 1:
+        print_json("plan", each.done[0] if each.single else Plans(each.all, total))
+    elif each.one:
         _print_one(console(), each.done[0])
     else:
         reach = out_of_reach_remark(total.out_of_reach_bytes, geometry)
@@ -223,7 +190,7 @@ def _print_one(out: Console, made: Planned) -> None:
     price = made.now.split_price.remark(made.plan.geometry)
     if made.now.rss_after_bytes is not None:
         price += f"; then {format_size(made.now.rss_after_bytes)} of the process are resident, at most"
-    reach = out_of_reach_remark(made.plan.before.out_of_reach_bytes(made.plan.geometry), made.plan.geometry)
+    reach = out_of_reach_remark(made.plan.out_of_reach_bytes, made.plan.geometry)
     remarks = [price, made.now.remade.remark, heat, reach]
     note(out, [*remarks, *refused, *made.now.missing])
 

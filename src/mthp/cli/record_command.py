@@ -113,23 +113,15 @@ def _record(
         if as_json or not err.is_terminal:
             status.stop()
         recorder = _Recorder(output, every, duration, cpu, force, status, heat)
-        if named.single:
-            each = None
-            done = recorder.record(named.found[0], output, stop)
-        else:
-            each = recorder.record_all(named, stop)
+        each = recorder.record_each(named, stop)
     # Ctrl-C is the normal end of a recording without --for.
     code = 0 if stop.number in (0, signal.SIGINT) else exit_code(stop.number)
-    if each is None:
-        if as_json:
-            print_json("record", done)
-        else:
-            _print_one(console(), done, _late(done, duration, cpu))
-        return code
+    late = dict.fromkeys(_late(done, duration, cpu) for done in each.done)
     if as_json:
-        print_json("record", Recordings(each.all))
+        print_json("record", each.done[0] if each.single else Recordings(each.all))
+    elif each.single:
+        _print_one(console(), each.done[0], *late)
     else:
-        late = dict.fromkeys(_late(done, duration, cpu) for done in each.done)
         print_each(each, targets_table(each), list(late))
     return code or each.code
 
@@ -167,12 +159,14 @@ class _Recorder:
                 space, path, pace, stop=stop, overwrite=self._force, heat=heat, told=told, cpu_clock=spent
             )
 
-    def record_all(self, named: Targets, stop: Callable[[], bool]) -> Each[Recorded]:
-        """Record all processes side by side, each into a file of its own in a directory.
+    def record_each(self, named: Targets, stop: Callable[[], bool]) -> Each[Recorded]:
+        """Record all processes side by side, each into a file of its own in a directory unless there is one target.
 
         Raises:
             UsageError: the directory cannot be made.
         """
+        if named.single:
+            return do_each(named, lambda found: (self.record(found, self._output, stop), 0))
         try:
             self._output.mkdir(exist_ok=True)
         except OSError as error:

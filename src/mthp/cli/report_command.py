@@ -17,8 +17,9 @@ import click
 from mthp import __version__
 from mthp.addrspace import AddressSpace
 from mthp.cli.completing import complete_target
-from mthp.cli.options import at_option, json_option, plan_options, planned
+from mthp.cli.options import at_option, json_option, made_of, plan_options
 from mthp.cli.render.output import console, print_json, progress_bar, say
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.files import check_output
 from mthp.report.document import Command
@@ -117,7 +118,7 @@ def command(
             source = Source(space, recorded_at, later, arguments, None if pid is not None else _timeline(file))
             document = report_on(
                 source,
-                planned(options),
+                made_of(PlanOptions, options),
                 _commands(file, pid),
                 lambda _, done, total: progress(done, total),
                 version=__version__,

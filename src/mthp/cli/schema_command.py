@@ -14,11 +14,8 @@ from mthp.objects import Schema, schema_of
 OBJECTS = {
     "doctor": [["mthp.linux.doctor.findings:Examination"], ["mthp.cli.doctor_command:Restoration"]],
     "inspect": [["mthp.engine.census:Census"], ["mthp.cli.inspect_command:Censuses"]],
-    "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"], ["mthp.cli.plan_command:Plans"]],
-    "collapse": [
-        ["mthp.engine.report:CollapseReport", "mthp.cli.collapse_command:Wanted"],
-        ["mthp.cli.collapse_command:Collapses"],
-    ],
+    "plan": [["mthp.cli.plan_command:Planned"], ["mthp.cli.plan_command:Plans"]],
+    "collapse": [["mthp.cli.collapse_command:Collapsed"], ["mthp.cli.collapse_command:Collapses"]],
     "trim": [["mthp.engine.trim:TrimReport"], ["mthp.cli.trim_command:Trims"]],
     "explain": [["mthp.engine.explain:Explanation", "mthp.cli.explain_command:History"]],
     "verify": [["mthp.engine.verify:Verification"], ["mthp.cli.verify_command:Verifications"]],

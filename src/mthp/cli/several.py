@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import click
@@ -11,8 +12,11 @@ import click
 from mthp.cli.completing import complete_target
 from mthp.cli.render.output import console, note
 from mthp.cli.render.tables import Table
+from mthp.cli.signals import Wish, exit_code
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import Geometry
+from mthp.metrics import Coverage
 from mthp.targets import Found, Targets, pid_of, refuse_ancestor
 
 R = TypeVar("R")
@@ -43,11 +47,18 @@ class Each(Generic[R]):
 
     Attributes:
         results: a result or an error for each target, in their order.
-        codes: the exit code of each.
+        codes: the exit code of each; that of the command alone if a signal ended it.
+        single: whether the user named one PID or file, so that the command is about it alone.
     """
 
     results: tuple[tuple[Found, R | Failed], ...]
     codes: tuple[int, ...]
+    single: bool = False
+
+    @property
+    def one(self) -> bool:
+        """Whether the result of one target is shown by itself: a name that one process fits is shown as its PID."""
+        return len(self.results) == len(self.done) == 1
 
     @property
     def done(self) -> list[R]:
@@ -80,6 +91,28 @@ class Each(Generic[R]):
             else list(line(found, result))
             for found, result in self.results
         ]
+
+
+class Total:
+    """The sums of several results; a subclass has properties that :func:`summed` makes."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+
+def summed(path: str) -> property:
+    """Return a property of a :class:`Total`: the sum of the attribute at `path` of its parts."""
+
+    def figure(total: Total) -> int:
+        return sum(map(attrgetter(path), total.parts))
+
+    return property(figure)
+
+
+def common_share(plans: Sequence[SpacePlan], parts: Sequence[Coverage]) -> float:
+    """Return the share of all `parts` together in folios of the sizes that `plans` were requested for."""
+    # All have the same options, and so the same smallest order.
+    return Coverage.total(parts).share(plans[0].asked_order) if plans else 0.0
 
 
 class WithGeometry(Protocol):
@@ -117,7 +150,7 @@ def do_each(
     work: Callable[[Found], tuple[R, int]],
     *,
     changes: bool = False,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Wish | None = None,
 ) -> Each[R]:
     """Work on each target.
 
@@ -125,7 +158,17 @@ def do_each(
         work: returns a result, and the exit code that a command for it alone would have.
         changes: whether `work` changes the target, so that ancestors of this process are left out.
         stop: called before each target; after it returns True the others are not begun.
+
+    Raises:
+        MthpError: the single target that the user named has an error.
     """
+    stop = stop or Wish()
+    if targets.single:
+        found = targets.found[0]
+        if changes:
+            refuse_ancestor(found.target)
+        result, code = work(found)
+        return Each(((found, result),), (code,), single=True)
     results: list[tuple[Found, R | Failed]] = []
     codes = []
     for found in targets.found:
@@ -149,6 +192,8 @@ def do_each(
         codes.append(0 if by_name and code == TargetVanishedError.exit_code else code)
     results += [(Found(word, word), Failed(word, why)) for word, why in targets.missing]
     codes += [why.exit_code for _, why in targets.missing]
+    if stop():
+        codes = [exit_code(stop.number)]
     return Each(tuple(results), tuple(codes))
 
 

@@ -11,7 +11,7 @@ import click
 from mthp.addrspace import AddressSpace
 from mthp.cli.asking import ask_daemon
 from mthp.cli.completing import complete_target
-from mthp.cli.options import SHARE, plan_options, planned
+from mthp.cli.options import SHARE, made_of, plan_options
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules
 from mthp.errors import MthpError, UnsupportedError
@@ -42,7 +42,7 @@ def command(target: str | None, cpu: float, **options: Any) -> int:
         raise UnsupportedError(
             f"top needs Textual, which cannot be imported: {error}", help="pip install 'mthp[top]'"
         ) from error
-    view = view_of(target, planned(options), cpu)
+    view = view_of(target, made_of(PlanOptions, options), cpu)
     app = TopApp(view)
     try:
         return app.run() or 0

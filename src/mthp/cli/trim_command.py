@@ -11,7 +11,7 @@ from rich.console import Console
 from mthp.cli.options import RATE, SHARE, json_option
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, print_each, targets_argument
+from mthp.cli.several import Each, Failed, Total, do_each, print_each, summed, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
 from mthp.metrics import out_of_reach_remark
@@ -20,39 +20,21 @@ from mthp.trimming import TrimBy
 from mthp.units import format_size, percent
 
 
-@dataclass(frozen=True, slots=True)
-class TrimSum:
+class TrimSum(Total):
     """The sums of several trims."""
 
     JSON: ClassVar = "zero_bytes trimmed given_back_bytes out_of_reach_bytes"
 
-    reports: tuple[TrimReport, ...]
-
-    @property
-    def zero_bytes(self) -> int:
-        """The bytes in pages of zeroes that could be given back."""
-        return sum(report.plan.zero_bytes for report in self.reports)
-
-    @property
-    def trimmed(self) -> int:
-        """The number of folios that were split."""
-        return sum(report.trimmed for report in self.reports)
-
-    @property
-    def given_back_bytes(self) -> int:
-        """The bytes that left the resident memory."""
-        return sum(report.given_back_bytes for report in self.reports)
-
-    @property
-    def out_of_reach_bytes(self) -> int:
-        """The bytes that lie in no whole PMD range of their mapping."""
-        return sum(report.plan.out_of_reach_bytes for report in self.reports)
+    zero_bytes = summed("plan.zero_bytes")
+    trimmed = summed("trimmed")
+    given_back_bytes = summed("given_back_bytes")
+    out_of_reach_bytes = summed("plan.out_of_reach_bytes")
 
     @property
     def remark(self) -> str:
-        """A sentence on these bytes; ``""`` if there are none."""
+        """A sentence on the bytes out of reach; ``""`` if there are none."""
         # Targets are processes of this machine.
-        plans = [report.plan for report in self.reports]
+        plans = [report.plan for report in self.parts]
         return out_of_reach_remark(self.out_of_reach_bytes, plans[0].geometry) if plans else ""
 
 
@@ -96,33 +78,26 @@ def command(
     stopped. The folios with the most zeroes come first. Ctrl-C ends it after the current folios.
     """
     options = TrimOptions(zero=zero, by=by, rate=rate)
-    named = find_targets(targets)
     with stopping_on_signals() as stop:
 
         def work(found: Found) -> tuple[TrimReport, int]:
             with found.open() as space, progress_bar(f"trimming {found.label}", hidden=as_json) as progress:
                 report = trim_space(space, options, dry_run=dry_run, progress=progress, stop=stop)
+            # A signal after the last folio changed nothing.
+            if report.interrupted and stop():
+                return report, exit_code(stop.number)
             return report, 4 if report.vanished else 0 if report.complete else 1
 
-        if named.single:
-            report, code = work(named.found[0])
-            if as_json:
-                print_json("trim", report)
-            else:
-                print_report(console(), report, options)
-            # A signal after the last folio changed nothing.
-            return exit_code(stop.number) if report.interrupted and stop() else code
         # Ancestors are not left out, because a trim stops nothing.
-        each = do_each(named, work, stop=stop)
-    total = TrimSum(tuple(each.done))
+        each = do_each(find_targets(targets), work, stop=stop)
+    total = TrimSum(each.done)
     if as_json:
-        print_json("trim", Trims(each.all, total))
-    # A name that one process fits is shown as its PID would be.
-    elif len(each.results) == len(each.done) == 1:
+        print_json("trim", each.done[0] if each.single else Trims(each.all, total))
+    elif each.one:
         print_report(console(), each.done[0], options)
     else:
         print_each(each, targets_table(each, total), [total.remark])
-    return exit_code(stop.number) if stop() else each.code
+    return each.code
 
 
 def targets_table(each: Each[TrimReport], total: TrimSum) -> Table:
@@ -150,7 +125,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     out.print(Table(title, ["size", "folios"], rows, right={1}))
     how = f" (--by {plan.by})" if plan.by else ""
     say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes can be given back{how}")
-    remarks = [report.remade.remark, TrimSum((report,)).remark]
+    remarks = [report.remade.remark, TrimSum([report]).remark]
     if report.dry_run:
         note(out, [*remarks, "dry run: nothing was changed"])
         return

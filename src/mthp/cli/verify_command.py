@@ -17,7 +17,7 @@ from mthp.engine.verify import Checked, Expectation, Verification, verify_space
 from mthp.errors import MthpError, UsageError
 from mthp.geometry import Geometry
 from mthp.metrics import out_of_reach_remark
-from mthp.targets import Found, Targets, find_targets
+from mthp.targets import Found, find_targets
 from mthp.text import clean
 from mthp.units import format_size, percent
 
@@ -65,13 +65,20 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
         raise UsageError(f"both --json and --format {form}", help="use one of them")
     hidden = as_json or form != "table"
 
-    def verified() -> tuple[Targets, Each[Verification]]:
-        return _verified(targets, [Expectation.parse(each) for each in expected], hidden=hidden, at=at)
+    def verified() -> Each[Verification]:
+        expectations = [Expectation.parse(each) for each in expected]
+
+        def work(found: Found) -> tuple[Verification, int]:
+            with found.open(at=at) as space, progress_bar(f"verifying {found.label}", hidden=hidden) as progress:
+                done = verify_space(space, expectations, progress)
+            return done, done.exit_code
+
+        return do_each(find_targets(targets), work)
 
     if form == "nagios":
         return _nagios(verified)
-    named, each = verified()
-    if as_json and named.single:
+    each = verified()
+    if as_json and each.single:
         print_json("verify", *each.done)
     elif as_json:
         print_json("verify", Verifications(each.all, not each.code))
@@ -81,24 +88,6 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
         missing = sorted({line for done in each.done for line in done.missing})
         print_each(each, checks_table(each), [*_out_of_reach(each.done), *missing])
     return each.code
-
-
-def _verified(
-    targets: tuple[str, ...], expectations: list[Expectation], *, hidden: bool, at: str | None
-) -> tuple[Targets, Each[Verification]]:
-    def work(found: Found) -> tuple[Verification, int]:
-        with found.open(at=at) as space, progress_bar(f"verifying {found.label}", hidden=hidden) as progress:
-            done = verify_space(space, expectations, progress)
-        return done, done.exit_code
-
-    named = find_targets(targets)
-    each = do_each(named, work)
-    # The error of the one target is that of the command.
-    if named.single and not each.done:
-        failed = each.all[0]
-        assert isinstance(failed, Failed)
-        raise failed.error
-    return named, each
 
 
 def _out_of_reach(done: Sequence[Verification]) -> list[str]:
@@ -172,13 +161,13 @@ _STATES = {0: "OK", 1: "WARNING"}
 """Meaning of a plugin's exit code in Nagios; 3 is UNKNOWN."""
 
 
-def _nagios(verified: Callable[[], tuple[Targets, Each[Verification]]]) -> int:
+def _nagios(verified: Callable[[], Each[Verification]]) -> int:
     """Print the one line of a Nagios plugin, and return its exit code.
 
     In Nagios 2 is CRITICAL, so an expectation that cannot be read is UNKNOWN, too.
     """
     try:
-        _, each = verified()
+        each = verified()
     except MthpError as error:
         click.echo(f"MTHP UNKNOWN - {_plain(error.message)}")
         return 3

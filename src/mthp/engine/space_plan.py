@@ -215,6 +215,11 @@ class SpacePlan(Tabular):
         return int(self.ranges.filled.sum(dtype=np.int64)) * self.geometry.page_size
 
     @property
+    def out_of_reach_bytes(self) -> int:
+        """Bytes that are resident now in no whole PMD range of their mapping."""
+        return self.before.out_of_reach_bytes(self.geometry)
+
+    @property
     def coverage(self) -> float:
         """The share of `before` in folios of `asked_order` or larger; 0.0 if nothing is resident."""
         return self.before.share(self.asked_order)

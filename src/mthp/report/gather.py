@@ -230,7 +230,7 @@ def _plan_section(plan: SpacePlan) -> Section:
         f" max_ptes_none {limits.max_ptes_none}, max_ptes_swap {limits.max_ptes_swap},"
         f" max_ptes_shared {limits.max_ptes_shared}."
     )
-    reach = out_of_reach_remark(plan.before.out_of_reach_bytes(geometry), geometry)
+    reach = out_of_reach_remark(plan.out_of_reach_bytes, geometry)
     return Section(
         "The plan",
         f"{lead} {reach[:1].upper()}{reach[1:]}{'.' if reach else ''}".rstrip(),

@@ -16,7 +16,7 @@ from fakes import FakeSpace, page_runs
 from mthp import targets
 from mthp.cli import plan_command
 from mthp.cli.inspect_command import TOP_MAPPINGS, print_census
-from mthp.cli.options import planned
+from mthp.cli.options import made_of
 from mthp.cli.render.outcomes import print_report
 from mthp.cli.render.output import PLAIN_WIDTH, console, note, print_json, progress_bar, say
 from mthp.cli.render.planned import print_plan
@@ -225,7 +225,7 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_of_a_plan_are_picked_out() -> None:
     options: dict[str, Any] = {"policy": "rfc", "orders": "2M", "include_file": True, "rate": 5}
-    assert planned(options) == PlanOptions(policy="rfc", orders="2M", include_file=True)
+    assert made_of(PlanOptions, options) == PlanOptions(policy="rfc", orders="2M", include_file=True)
 
 
 def test_figures() -> None:

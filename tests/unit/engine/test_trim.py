@@ -190,6 +190,6 @@ def test_what_is_out_of_reach_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     space = Wasteful([(vma, *page_runs((5, Pte.PRESENT, 0), (1, 0, ORDER_NONE)))], empty=set())
     report = trim_space(space, TrimOptions(), dry_run=True)
     assert report.plan.out_of_reach_bytes == 5 * PAGE
-    assert TrimSum((report, report)).out_of_reach_bytes == 10 * PAGE
+    assert TrimSum([report, report]).out_of_reach_bytes == 10 * PAGE
     print_report(console(), report, TrimOptions())
     assert "out of reach: 20K lie in no whole 2M range" in " ".join(capsys.readouterr().out.split())
