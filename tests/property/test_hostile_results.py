@@ -70,7 +70,7 @@ def reported(path: Path, page: Path) -> None:
             document = report_on_simulation(found.rows, found.about, [])
         elif swept.is_sweep(path):
             rows = swept.read(path)
-            document = report_on_sweep(path, rows, swept.summed(rows), swept.geometry_of(rows), [], "")
+            document = report_on_sweep(path, rows, swept.summed(rows), swept.geometry_of(rows), [])
         else:
             document = report_on_comparison(path, [])
         write(document, page, overwrite=True)

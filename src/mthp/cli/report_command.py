@@ -22,7 +22,7 @@ from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.files import check_output
-from mthp.report.document import Command
+from mthp.report.document import Command, Document
 from mthp.targets import open_target, pid_of, resolve
 from mthp.units import format_size
 
@@ -79,13 +79,8 @@ def command(
     or the file of `mthp sweep` or `mthp simulate`. The page is complete in itself: it loads nothing and runs no script.
     It holds no contents of memory, no environment, and no arguments unless requested.
     """
-    from mthp.lab import swept
-    from mthp.lab.simulated import is_simulated, read
     from mthp.report import load_template, write
-    from mthp.report.comparisons import is_json, report_on_comparison
     from mthp.report.gather import Source, report_on
-    from mthp.report.simulations import report_on_simulation
-    from mthp.report.sweeps import report_on_sweep
 
     # What may fail without any work fails first.
     check_output(output, overwrite=force)
@@ -96,38 +91,43 @@ def command(
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
     arguments = _arguments(pid) if with_arguments else ""
     load_template()
-    # Files are recognised by their contents, because their names may have any suffix.
-    if pid is None and is_simulated(Path(file)):
-        found = read(Path(file))
-        # Results have no plan to carry out, so the only command is that for the page.
-        document = report_on_simulation(found.rows, found.about, _commands(file, None)[:1], version=__version__)
-    elif pid is None and swept.is_sweep(Path(file)):
-        rows = swept.read(Path(file))
-        again = _commands(file, None)[:1]
-        document = report_on_sweep(
-            Path(file), rows, swept.summed(rows), swept.geometry_of(rows), again, version=__version__
-        )
-    elif pid is None and is_json(Path(file)):
-        document = report_on_comparison(Path(file), _commands(file, None)[:1], version=__version__)
-    else:
+    document = _on_results(Path(file)) if pid is None else None
+    if document is None:
         with (
             still(file, at, hidden=as_json) as (space, recorded_at),
             nullcontext() if after is None else open_target(after) as later,
             progress_bar("reporting", hidden=as_json) as progress,
         ):
             source = Source(space, recorded_at, later, arguments, None if pid is not None else _timeline(file))
-            document = report_on(
-                source,
-                made_of(PlanOptions, options),
-                _commands(file, pid),
-                lambda _, done, total: progress(done, total),
-                version=__version__,
-            )
-    size = write(document, output, overwrite=force)
+            wanted, commands = made_of(PlanOptions, options), _commands(file, pid)
+            document = report_on(source, wanted, commands, lambda _, done, total: progress(done, total))
+    size = write(document, output, overwrite=force, version=__version__)
     if as_json:
         print_json("report", Written(document.title, output, size))
     else:
         say(console(), f"{output}: {document.title}, {format_size(size)}; open it in any browser")
+
+
+def _on_results(path: Path) -> Document | None:
+    """Return the report on the file at `path` if it has results; None for snapshots and recordings.
+
+    Files are recognised by their contents, because their names may have any suffix.
+    """
+    from mthp.lab import swept
+    from mthp.lab.simulated import is_simulated, read
+    from mthp.report.comparisons import is_json, report_on_comparison
+    from mthp.report.simulations import report_on_simulation
+    from mthp.report.sweeps import report_on_sweep
+
+    # Results have no plan to carry out, so the only command is that for the page.
+    commands = (_this_page(),)
+    if is_simulated(path):
+        found = read(path)
+        return report_on_simulation(found.rows, found.about, commands)
+    if swept.is_sweep(path):
+        rows = swept.read(path)
+        return report_on_sweep(path, rows, swept.summed(rows), swept.geometry_of(rows), commands)
+    return report_on_comparison(path, commands) if is_json(path) else None
 
 
 @contextmanager
@@ -190,18 +190,21 @@ def _arguments(pid: int | None) -> str:
     return shlex.join(word.decode(errors="replace") for word in words)
 
 
+def _this_page() -> Command:
+    return Command("This page", shlex.join(["mthp", *sys.argv[1:]]))
+
+
 def _commands(file: str, pid: int | None) -> tuple[Command, ...]:
     """Return the commands that repeat the report and carry out its plan."""
-    again = Command("This page", shlex.join(["mthp", *sys.argv[1:]]))
     if pid is None:
         name = shlex.quote(file)
         return (
-            again,
+            _this_page(),
             Command("The plan", f"mthp plan {name}"),
             Command("Carry it out on a live process, within a budget", "mthp collapse PID --max-bloat 5%"),
         )
     return (
-        again,
+        _this_page(),
         Command("The same memory in a file, to inspect it again", f"mthp snapshot {pid} -o before.parquet"),
         Command("Carry the plan out, within a budget", f"mthp collapse {pid} --max-bloat 5%"),
         Command("Record the result", f"mthp snapshot {pid} -o after.parquet"),

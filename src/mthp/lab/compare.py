@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from mthp.abilities import heat_of
 from mthp.addrspace import AddressSpace
 from mthp.engine.policy_lookup import policy_names
@@ -21,7 +19,7 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.lab.evaluate import Evaluation, Progress, evaluate
-from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, order_column, share
+from mthp.lab.figures import METRICS, Metric, Row, coverage_from, frontier, metric_of, order_column, share
 from mthp.lab.heated import accesses_of
 from mthp.lab.replay import Accesses, misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
@@ -114,12 +112,8 @@ class Comparison(Tabular):
     @property
     def frontier(self) -> list[bool]:
         """Whether each setting is on the frontier of coverage against bloat, after the last scan."""
-        # Both are to be small, so coverage is negated.
-        points = np.array([(-self.coverage(outcome), outcome.scans[-1].filled) for outcome in self.outcomes])
-        return [
-            not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
-            for point in points.reshape(-1, 2)
-        ]
+        coverage = [self.coverage(outcome) for outcome in self.outcomes]
+        return frontier(coverage, [outcome.scans[-1].filled for outcome in self.outcomes])
 
     @property
     def on_frontier(self) -> list[str]:

@@ -177,6 +177,13 @@ def time_to_coverage(seconds: ArrayLike, coverage: ArrayLike, wanted: float) -> 
     return float(np.asarray(seconds, np.float64)[reached[0]]) if len(reached) else float("inf")
 
 
+def frontier(coverage: Sequence[float], bloat: Sequence[float]) -> list[bool]:
+    """Return for each setting whether no other has at least its coverage and at most its bloat, and one better."""
+    # Both are to be small, so coverage is negated.
+    points = np.column_stack([-np.asarray(coverage, np.float64), np.asarray(bloat, np.float64)])
+    return [not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any()) for point in points]
+
+
 def fairness(values: Sequence[float] | NDArray[np.float64]) -> float:
     """Return Jain's index of processes' shares (Jain, Chiu, Hawe 1984): from 1/n to 1; 1.0 if all are 0."""
     shares = np.asarray(values, np.float64)

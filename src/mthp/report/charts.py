@@ -138,12 +138,6 @@ def chart(
         line = "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in at) if one.joined and len(at) > 1 else ""
         # More series than shapes share them.
         drawn.append(DrawnSeries(f"s{number % len(MARKS)}", one.name, MARKS[number % len(MARKS)], at, line))
-    stairs = ""
-    if frontier:
-        first, *others = frontier
-        # From the axis up. The coverage of a setting holds until the bloat of the next one.
-        stairs = f"M{across(first[0]):.1f} {up(y_values[0]):.1f}V{up(first[1]):.1f}"
-        stairs += "".join(f"H{across(x):.1f}V{up(y):.1f}" for x, y in others) + f"H{WIDTH - RIGHT}"
     return Chart(
         title,
         summary,
@@ -152,8 +146,18 @@ def chart(
         tuple(Tick(across(value), f"{value:g}{x_unit}") for value in x_values),
         tuple(Tick(up(value), _tick_text(value, y_unit)) for value in y_values),
         tuple(drawn),
-        stairs,
+        _stairs([(across(x), up(y)) for x, y in frontier], up(y_values[0])),
     )
+
+
+def _stairs(corners: Sequence[tuple[float, float]], bottom: float) -> str:
+    """Return the SVG path of a staircase from the axis up, through `corners`, to the right end of the plot."""
+    if not corners:
+        return ""
+    (x, y), *others = corners
+    # The coverage of a setting holds until the bloat of the next one.
+    steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in others)
+    return f"M{x:.1f} {bottom:.1f}V{y:.1f}{steps}H{WIDTH - RIGHT}"
 
 
 def _tick_text(value: float, unit: str) -> str:

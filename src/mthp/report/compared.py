@@ -11,13 +11,11 @@ from typing import Any
 
 from mthp.geometry import Geometry
 from mthp.lab.compare import Comparison
-from mthp.lab.figures import order_column
+from mthp.lab.figures import Row, order_column
 from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
 from mthp.report.document import Cell, ReportTable, Section, figures
 from mthp.report.kinds import Kinds
 from mthp.units import format_size, percent
-
-Row = Mapping[str, Any]
 
 CREEP_SETTINGS = 6
 """Settings in the chart of creep: those that creep most, one for each shape of mark."""

@@ -37,7 +37,7 @@ def is_json(path: Path) -> bool:
     return begins(path, 64).lstrip()[:1] == b"{"
 
 
-def report_on_comparison(path: Path, commands: Sequence[Command], *, version: str = "") -> Document:
+def report_on_comparison(path: Path, commands: Sequence[Command]) -> Document:
     """Return the report on the output of `mthp compare --json` in the file at `path`.
 
     Raises:
@@ -70,7 +70,6 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
         sections=(section(compared),),
         commands=commands,
         notes=notes,
-        version=version,
     )
 
 

@@ -90,7 +90,6 @@ class Document:
         sections: the parts.
         commands: commands that repeat the report.
         notes: facts that could not be read, and why.
-        version: version of mthp.
     """
 
     title: str
@@ -100,4 +99,3 @@ class Document:
     sections: Sequence[Section] = ()
     commands: Sequence[Command] = ()
     notes: Sequence[str] = ()
-    version: str = ""

@@ -55,15 +55,12 @@ def report_on(
     options: PlanOptions,
     commands: Sequence[Command],
     progress: Progress = lambda *_: None,
-    *,
-    version: str = "",
 ) -> Document:
     """Return the report on an address space.
 
     Args:
         options: options of the plan that is shown in full; the comparison varies policies and limits.
         commands: commands that repeat the report.
-        version: version of mthp, for the foot of the page.
 
     Raises:
         UsageError: as :func:`mthp.engine.planning.plan_space`.
@@ -80,7 +77,6 @@ def report_on(
             facts=facts,
             notes=census.missing,
             commands=commands,
-            version=version,
         )
     plan = plan_space(space, options, lambda done, total: progress("planning", done, total))
     after = None if source.later is None else take_census(source.later)
@@ -106,7 +102,6 @@ def report_on(
         ),
         commands=commands,
         notes=census.missing,
-        version=version,
     )
 
 

@@ -18,8 +18,8 @@ POLICY = "default-src 'none'; style-src '{style}'; img-src data:; base-uri 'none
 """Content-Security-Policy: the browser lets the page use this one style, and nothing else."""
 
 
-def html_of(document: Document) -> str:
-    """Return the page.
+def html_of(document: Document, version: str = "") -> str:
+    """Return the page, with the version of mthp at its foot.
 
     Raises:
         UnsupportedError: Jinja2 is not installed.
@@ -28,11 +28,11 @@ def html_of(document: Document) -> str:
     # A style in the page needs its hash in the policy.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = POLICY.format(style=f"sha256-{digest}")
-    text: str = template.render(document=document, style=style, policy=policy)
+    text: str = template.render(document=document, version=version, style=style, policy=policy)
     return text
 
 
-def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
+def write(document: Document, path: Path, *, overwrite: bool = False, version: str = "") -> int:
     """Write the page to `path`, whole or not at all, and return the number of bytes.
 
     Raises:
@@ -40,7 +40,7 @@ def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
         UnsupportedError: Jinja2 is not installed.
     """
     # Names that are not UTF-8 hold surrogates, which cannot be encoded.
-    data = html_of(document).encode("utf-8", "replace")
+    data = html_of(document, version).encode("utf-8", "replace")
     write_whole(path, data, overwrite=overwrite)
     return len(data)
 

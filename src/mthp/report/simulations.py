@@ -7,12 +7,10 @@ from typing import Any
 
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.lab.figures import METRICS
+from mthp.lab.figures import METRICS, Row
 from mthp.report.charts import MARKS, Chart, Series, chart
 from mthp.report.document import Cell, Command, Document, ReportTable, Section, figures
 from mthp.units import format_size, percent
-
-Row = Mapping[str, Any]
 
 CHARTS = (
     ("huge_coverage", "Memory mapped by PMD entries", "% of the resident memory"),
@@ -28,9 +26,7 @@ MEANINGS = {"resident_bytes": "memory of all programs together, filled holes inc
 """Meanings of metrics that differ from those of a comparison, which reads PMD ranges."""
 
 
-def report_on_simulation(
-    rows: Sequence[Row], about: Mapping[str, Any], commands: Sequence[Command], *, version: str = ""
-) -> Document:
+def report_on_simulation(rows: Sequence[Row], about: Mapping[str, Any], commands: Sequence[Command]) -> Document:
     """Return the report on the results of `mthp simulate`.
 
     Args:
@@ -61,7 +57,6 @@ def report_on_simulation(
                 Section("The scenario", tables=(_text(str(about["scenario"])),)),
             ),
             commands=commands,
-            version=version,
         )
     # StopIteration: there are no rows.
     except (KeyError, TypeError, StopIteration, AttributeError) as error:

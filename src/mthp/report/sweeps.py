@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mthp.geometry import Geometry
+from mthp.lab.figures import Row, frontier
 from mthp.report.compared import Compared, section
 from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section, figures
 from mthp.units import format_size, percent
 
-Row = dict[str, Any]
-
 
 def report_on_sweep(
-    path: Path, rows: Sequence[Row], sums: Sequence[Row], geometry: Geometry, commands: Sequence[Command], version: str
+    path: Path, rows: Sequence[Row], sums: Sequence[Row], geometry: Geometry, commands: Sequence[Command]
 ) -> Document:
     """Return the report on a sweep.
 
@@ -26,10 +24,11 @@ def report_on_sweep(
         geometry: geometry of the inputs' machines.
     """
     last = list({row["setting"]: row for row in sums}.values())
-    frontier = frozenset(row["setting"] for row in last if not any(_beats(other, row) for other in last))
+    on = frontier([row["coverage"] for row in last], [row["bloat_bytes"] for row in last])
+    best_settings = frozenset(row["setting"] for row, best in zip(last, on, strict=True) if best)
     inputs = list(dict.fromkeys(row["input"] for row in rows))
     size = geometry.label(geometry.pmd_order)
-    best = max((row for row in last if row["setting"] in frontier), key=lambda row: row["coverage"])
+    best = max((row for row in last if row["setting"] in best_settings), key=lambda row: row["coverage"])
     verdict = (
         f"Over {len(inputs)} inputs together, {best['setting']} covers most: {percent(best['coverage'])} in {size}"
         f" folios, for {format_size(best['bloat_bytes'])} of bloat."
@@ -41,28 +40,19 @@ def report_on_sweep(
         verdict=verdict,
         figures=(
             Figure(f"{len(inputs):,}", "inputs", f"{format_size(resident)} resident together"),
-            Figure(f"{len(last):,}", "settings", f"{len(frontier)} of them on the frontier"),
+            Figure(f"{len(last):,}", "settings", f"{len(best_settings)} of them on the frontier"),
         ),
         facts=(("table", path.name), ("machine", f"{geometry.name}, pages of {geometry.label(0)}")),
         sections=(
-            section(Compared(geometry, size, sums, frontier, [verdict])),
+            section(Compared(geometry, size, sums, best_settings, [verdict])),
             Section("Spread of the inputs", tables=(_spread(rows, sums),)),
         ),
         commands=commands,
-        version=version,
     )
 
 
 def _first(rows: Sequence[Row]) -> tuple[int, int]:
     return rows[0]["setting"], min(row["scan"] for row in rows)
-
-
-def _beats(one: Row, other: Row) -> bool:
-    return (
-        one["coverage"] >= other["coverage"]
-        and one["bloat_bytes"] <= other["bloat_bytes"]
-        and (one["coverage"], one["bloat_bytes"]) != (other["coverage"], other["bloat_bytes"])
-    )
 
 
 def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> ReportTable:

@@ -99,7 +99,6 @@ def test_no_text_of_a_document_becomes_markup() -> None:
         ],
         commands=[Command(bad, bad)],
         notes=[bad],
-        version=bad,
     )
     tags = Tags(html_of(document))
     assert not [tag for tag, attributes in tags.tags if tag in ("b", "script") or "onclick" in attributes]
