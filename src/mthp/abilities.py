@@ -8,7 +8,7 @@ functions, which have a default for all other backends. A method returns the sam
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +23,9 @@ from mthp.heatfile import read_heat
 from mthp.means import Means
 from mthp.ptes import Pte, PteColumns, Segment, in_blocks, in_range_blocks
 from mthp.vma import Vma
+
+Accesses = Callable[[], Iterable[NDArray[np.int64]]]
+"""Yields the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), in parts."""
 
 READ_BLOCK = 256 << 20
 """Bytes of address space per read when all of it is read."""
@@ -194,6 +197,18 @@ def counters(space: AddressSpace) -> dict[str, int]:
     Counters of folio sizes have their path below sysfs as name: ``hugepages-64kB/anon_fault_alloc``.
     """
     return space.counters() if isinstance(space, Counting) else {}
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """An address space that may have been recorded from a trace of accesses."""
+
+    def accesses(self) -> Accesses | None: ...
+
+
+def accesses(space: AddressSpace) -> Accesses | None:
+    """Return the trace that `space` was recorded from; None if it was recorded otherwise."""
+    return space.accesses() if isinstance(space, Traced) else None
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest, parse_heat, parse_measured, worth
 from mthp.heatfile import HEAT_BYTES, HEAT_SPANS, read_heat
 from mthp.lab.compare import compare, settings_of
-from mthp.lab.heated import accesses_of
+from mthp.lab.heated import drawn_by
 from mthp.means import Means
 from mthp.ptes import Pte
 from mthp.sim import Machine
@@ -293,10 +293,12 @@ def test_a_comparison_weighs_page_walks_by_heat() -> None:
     # All goes to 512 pages, which fit into the last level.
     assert weighed.misses_before.walks == 512
     assert weighed.misses[0].walks == 1
+    assert "random accesses by heat from a file that go to" in weighed.verdict[-1]
+    assert "trace" not in weighed.verdict[-1]
 
 
 def test_accesses_for_the_model_of_the_tlb_are_drawn_as_often_as_heat_says() -> None:
-    [pages] = accesses_of(space_of(512, 512, 256), hot(1, 9, 2))()
+    [pages] = drawn_by(space_of(512, 512, 256), hot(1, 9, 2))()
     # Half of the last range is not there, so half of its accesses are left out.
     shares = np.bincount((pages * 4096 - BASE) // PMD, minlength=3) / len(pages)
     assert shares == pytest.approx(np.array([1, 9, 1]) / 11, abs=0.01)

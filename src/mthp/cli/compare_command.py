@@ -14,7 +14,7 @@ from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
 from mthp.metrics import out_of_reach_remark
-from mthp.targets import open_target, pid_of
+from mthp.targets import open_target
 from mthp.units import format_size, percent
 
 
@@ -72,7 +72,6 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
             scans=_scans(scans),
             covered=None if covered is None else space.geometry.parse_order(covered),
             processor=Processor.named(options["processor"]),
-            accesses=_accesses(target),
             heat=heat_of(space, options["heat"]),
             contents=options["zero_filled"],
             progress=progress,
@@ -83,19 +82,6 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
     _print(result)
     reach = out_of_reach_remark(result.out_of_reach_bytes, result.geometry)
     note(console(), [reach, *result.missing])
-
-
-def _accesses(target: str) -> Any:
-    """Return the trace that the recording `target` was made of, as :func:`compare` takes it; None for other targets."""
-    from mthp.snapshot.stream import is_recording
-
-    if pid_of(target) is not None or not is_recording(target):
-        return None
-    from mthp.snapshot import Recording
-
-    recording = Recording(target)
-    # A recording of a process has no trace.
-    return recording.accesses if next(iter(recording.accesses()), None) is not None else None
 
 
 def _print(result: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mthp import abilities
 from mthp.abilities import heat_of
 from mthp.addrspace import AddressSpace
 from mthp.engine.policy_lookup import policy_names
@@ -20,8 +21,8 @@ from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.lab.evaluate import Evaluation, Progress, evaluate
 from mthp.lab.figures import METRICS, Metric, Row, coverage_from, frontier, metric_of, order_column, share
-from mthp.lab.heated import accesses_of
-from mthp.lab.replay import Accesses, misses, walks_at
+from mthp.lab.heated import accesses_to_count
+from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.measuring import out_of_reach_bytes
 from mthp.sim.clock import Costs
@@ -42,11 +43,12 @@ class Comparison(Tabular):
         covered: the smallest order that counts as covered.
         processor: the processor of the modelled TLB.
         costs: costs of khugepaged's work.
-        misses_before, misses: TLB counts of the target's trace, now and after the last scan under each setting; None
-            and empty without a trace.
+        misses_before, misses: TLB counts of the target's trace, or of accesses drawn by heat, now and after the last
+            scan under each setting; None and empty without both.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, with which no policy does anything.
         missing: what could not be read, and what would make it readable.
         heat: which memory the target uses, if known.
+        traced: whether the target was recorded from a trace, so that page walks are those of the trace.
     """
 
     ROWS: ClassVar = "rows"
@@ -66,6 +68,7 @@ class Comparison(Tabular):
     out_of_reach_bytes: int = 0
     missing: tuple[str, ...] = ()
     heat: Heat | None = None
+    traced: bool = False
 
     @property
     def rows(self) -> list[Row]:
@@ -205,13 +208,15 @@ class Comparison(Tabular):
         return [f"Of the observed accesses, {now} go to memory mapped as {size} now; {told}."]
 
     def _trace(self) -> list[str]:
-        """Return a sentence on the page walks of the trace."""
+        """Return a sentence on the page walks of the trace, or of accesses drawn by heat."""
         if self.misses_before is None:
             return []
         told = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
+        source = self.heat.source if self.heat is not None else ""
+        weighed_by = "accesses of the trace" if self.traced else f"random accesses by heat from {source or 'a file'}"
         return [
-            f"On {self.processor.title}, the {self.misses_before.accesses:,} accesses of the trace that go to another"
-            f" page than the one before take {self.misses_before.walks:,} page walks now; {', '.join(told)}."
+            f"On {self.processor.title}, the {self.misses_before.accesses:,} {weighed_by} that go to another page than"
+            f" the one before take {self.misses_before.walks:,} page walks now; {', '.join(told)}."
         ]
 
     def _bytes(self, pages: int) -> str:
@@ -236,7 +241,6 @@ def compare(
     covered: int | None = None,
     processor: Processor | None = None,
     costs: Costs | None = None,
-    accesses: Accesses | None = None,
     heat: Heat | None = None,
     contents: bool = False,
     walks: bool = True,
@@ -248,9 +252,9 @@ def compare(
         covered: the smallest order that counts as covered; by default the PMD order.
         processor: the processor of the modelled TLB.
         contents: also read the contents, as for :func:`mthp.lab.evaluate.evaluate`.
-        accesses: the trace that the memory was recorded from, if any.
-        heat: which memory is used; without a trace, accesses are drawn by it. By default what was recorded with it.
-        walks: count page walks of accesses drawn by heat, which takes a second for each setting.
+        heat: which memory is used; by default what was recorded with it.
+        walks: count page walks of the trace that the memory was recorded from, without one of accesses drawn by heat,
+            which takes a second for each setting.
 
     Raises:
         UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
@@ -264,8 +268,7 @@ def compare(
     processor = processor or Processor.named("skylake")
     heat = heat_of(space, heat)
     outcomes = evaluate(space, settings, scans=scans, contents=contents, heat=heat, progress=progress)
-    if accesses is None and heat is not None and heat.spans:
-        accesses = accesses_of(space, heat) if walks else None
+    accesses = accesses_to_count(space, heat) if walks else None
     before, after = (None, []) if accesses is None else misses(space, settings, accesses, processor, scans)
     return Comparison(
         label=space.label,
@@ -279,6 +282,7 @@ def compare(
         out_of_reach_bytes=out_of_reach_bytes(space),
         missing=space.missing,
         heat=heat,
+        traced=abilities.accesses(space) is not None,
     )
 
 

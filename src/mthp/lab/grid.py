@@ -40,8 +40,9 @@ class Grid:
         include_file: whether memory of files and shared memory counts, too.
         scans: number of scans; "all" (None) for as many as it takes until nothing changes.
         steps: steps of a recording: "last" or "all".
-        processor: count page walks of this processor's TLB, for accesses that are distributed like the recorded heat,
-            which takes a second for each setting; not set (None): none are counted.
+        processor: count page walks of this processor's TLB, for the trace that a recording was made from, without one
+            for accesses that are distributed like the recorded heat, which takes a second for each setting; not set
+            (None): none are counted.
     """
 
     policies: tuple[Annotated[str, known_policy], ...]

@@ -1,20 +1,30 @@
-"""A trace of random accesses drawn by heat, for the model of the TLB."""
+"""The accesses for which the model of the TLB counts page walks: a recorded trace, or drawn by heat."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from mthp.abilities import Accesses, accesses
 from mthp.addrspace import AddressSpace
 from mthp.engine.select import BLOCK_PMD_RANGES
 from mthp.heat import Heat
-from mthp.lab.replay import Accesses
 from mthp.ptes import Pte, in_blocks
 
 DRAWN = 1 << 19
 """Number of accesses drawn: each page of a gigabyte twice."""
 
 
-def accesses_of(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
+def accesses_to_count(space: AddressSpace, heat: Heat | None) -> Accesses | None:
+    """Return the trace that `space` was recorded from, without one random accesses by `heat`, and None without heat.
+
+    Raises:
+        TargetVanishedError: the process exited in the meantime.
+    """
+    trace = accesses(space)
+    return drawn_by(space, heat) if trace is None and heat is not None and heat.spans else trace
+
+
+def drawn_by(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
     """Return random accesses to present pages of `space`, as often as `heat` says.
 
     Heat does not have the order: a program that goes through its memory in turn misses the TLB less often.

@@ -6,12 +6,13 @@ folios, not of the time at which they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.abilities import Accesses
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Planes
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
@@ -20,9 +21,6 @@ from mthp.lab.makers import Maker
 from mthp.lab.scans import MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.ptes import in_blocks
-
-Accesses = Callable[[], Iterable[NDArray[np.int64]]]
-"""Yields the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), in parts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from mthp.files import PUBLIC, check_output, creating
 from mthp.lab.evaluate import evaluate
 from mthp.lab.figures import METRICS, Row
 from mthp.lab.grid import Grid
-from mthp.lab.heated import accesses_of
+from mthp.lab.heated import accesses_to_count
 from mthp.lab.partsdirectory import PartsDirectory
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor
@@ -212,8 +212,8 @@ def _rows(task: Task) -> Iterator[Row]:
             label, service, heat = space.label, abilities.service(space), abilities.heat_of(space)
             reach, outcomes = out_of_reach_bytes(space), evaluate(space, settings, scans=grid.scans, heat=heat)
             walks = None
-            if grid.processor is not None and heat is not None and heat.spans:
-                walks = misses(space, settings, accesses_of(space, heat), Processor.named(grid.processor), grid.scans)
+            if grid.processor is not None and (accesses := accesses_to_count(space, heat)) is not None:
+                walks = misses(space, settings, accesses, Processor.named(grid.processor), grid.scans)
         for number, outcome in enumerate(outcomes):
             head = {
                 "input": task.name,

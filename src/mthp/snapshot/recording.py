@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.abilities import Accesses
 from mthp.bounded import inflate, named
 from mthp.errors import UsageError
 from mthp.ptes import PteColumns, Segment
@@ -74,6 +75,7 @@ class Recording:
         description: description of the target at the beginning, without mappings.
         steps: all complete steps, at least one.
         end: why it ended; ``""`` if it was cut off.
+        traced: whether it was made from a trace of accesses.
         trouble: a message for the user about its end; ``""`` if none.
 
     Raises:
@@ -84,7 +86,7 @@ class Recording:
         self.path = os.fspath(path)
         self._reader = stream_reader(path)
         self.description = self._reader.description
-        self.end = ""
+        self.end, self.traced = "", False
         steps: list[RecordingStep] = []
         reason = "it has no end"
         counters: dict[str, int] = {}
@@ -98,6 +100,7 @@ class Recording:
                     counters = counters | _checked_counters(self.path, changed)
                     with named(self.path):
                         COUNTERS.check(len(counters))
+                self.traced |= "accesses" in meta
                 with named(self.path):
                     STEPS.check(len(steps) + 1)
                 seconds = float(_checked(self.path, meta, "seconds", (int, float), 0.0))
@@ -191,17 +194,29 @@ class RecordingSpace(RecordedSpace):
 
     Args:
         runs: all runs at the step, by ascending address.
+        accesses: yields the page numbers used in the whole recording, in order; None if no trace was recorded.
     """
 
-    def __init__(self, description: Description, runs: RunTable, step: RecordingStep, path: str) -> None:
+    def __init__(
+        self,
+        description: Description,
+        runs: RunTable,
+        step: RecordingStep,
+        path: str,
+        accesses: Accesses | None = None,
+    ) -> None:
         super().__init__(description, path, "recording")
-        self._runs = runs
+        self._runs, self._accesses = runs, accesses
         self.step = step
 
     def noting(self, remark: str) -> RecordingSpace:
         """Return the same space with another remark for the user."""
         description = replace(self._description, missing=(*self._description.missing, remark))
-        return RecordingSpace(description, self._runs, self.step, self._path)
+        return RecordingSpace(description, self._runs, self.step, self._path, self._accesses)
+
+    def accesses(self) -> Accesses | None:
+        """Return the trace that the recording was made from; None if it was made otherwise."""
+        return self._accesses
 
     def counters(self) -> dict[str, int]:
         """Return the counters as recorded."""
@@ -224,7 +239,7 @@ class _State:
     """State after some steps."""
 
     def __init__(self, recording: Recording) -> None:
-        self._path = recording.path
+        self._path, self._accesses = recording.path, recording.accesses if recording.traced else None
         self._geometry = recording.description.geometry
         self._says: dict[str, Any] = json.loads(recording.description.to_json())
         self._vmas: dict[int, Any] = {}
@@ -262,7 +277,7 @@ class _State:
             # They do not overlap, so their sum fits 64 bits.
             pages = int(self._runs.pages.sum())
             description = Description.from_data(self._says | {"vmas": vmas, "pages": pages})
-        return RecordingSpace(description, self._runs, step, self._path)
+        return RecordingSpace(description, self._runs, step, self._path, self._accesses)
 
     def _put_together(self) -> None:
         """Keep, of every PMD range, the runs of the last step that stored it."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
+from mthp.abilities import Accesses
 from mthp.engine.select import PlanOptions
 from mthp.lab.compare import compare, settings_of
 from mthp.lab.replay import mapped_after, replayed
@@ -45,16 +46,21 @@ def test_walks_of_one_pass_are_the_translations(name: str, expected: int) -> Non
     assert (counts.accesses, counts.walks) == (1040, expected)
 
 
+class Traced(FakeSpace):
+    """The memory of :func:`space`, recorded from a trace."""
+
+    def accesses(self) -> Accesses:
+        return lambda: [np.tile(np.arange(PAGE, PAGE + 512, dtype=np.int64), 2)]
+
+
 def test_compare_tells_the_walks_of_every_setting() -> None:
-    pages = np.tile(np.arange(PAGE, PAGE + 512, dtype=np.int64), 2)
-    result = compare(
-        space(), settings_of(["mainline", "pmd-only"], max_ptes_none=[0]), accesses=lambda: [pages], scans=None
-    )
+    result = compare(Traced(space()._mappings), settings_of(["mainline", "pmd-only"], max_ptes_none=[0]), scans=None)
     # 512 base pages fit the second level; as one huge page they take one walk.
     by_scan = {(row["setting"], row["scan"]): row["tlb_misses"] for row in result.rows}
     last = max(scan for _, scan in by_scan)
     assert by_scan["mainline", 0] == by_scan["pmd-only", 0] == 512
     assert by_scan["mainline", last] == by_scan["pmd-only", last] == 1
+    assert "the 1,024 accesses of the trace" in result.verdict[-1]
     assert "take 512 page walks now; 1 (mainline), 1 (pmd-only)" in result.verdict[-1]
     assert "tlb_misses" not in compare(space(), settings_of(["mainline"])).rows[0]
 

@@ -19,6 +19,7 @@ from mthp.lab.runners import dask, local
 from mthp.lab.sweep import Done, Task, inputs_in, measure, sweep
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.snapshot import Pace, record, record_series
+from mthp.snapshot.fromtrace import record_trace
 from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
@@ -199,6 +200,20 @@ def test_inputs_are_weighed_by_their_heat_and_only_those_that_have_it(tmp_path: 
     assert (sums[0]["tlb_misses"], sums[1]["tlb_misses"]) == (264, 177)
     sweep(inputs_in(tmp_path / "in"), Grid(policies=("pmd-only",)), tmp_path / "plain.parquet", local(1))
     assert "tlb_misses" not in rows_of(tmp_path / "plain.parquet")[0]
+
+
+def test_recordings_of_traces_are_weighed_by_the_trace(tmp_path: Path) -> None:
+    """A trace that goes through 4M in turn: as many walks as base pages, and one for each huge page."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "trace").write_text("".join(f" L {BASE + at * 4096:x},8\n" for at in range(1024)))
+    record_trace(tmp_path / "trace", tmp_path / "in" / "a traced.rec")
+    record_series(space_of(5), tmp_path / "in" / "b plain.rec", Pace(every=0.01, duration=0.01))
+    for steps in ("last", "all"):
+        grid = Grid(policies=("pmd-only",), max_ptes_none=(0,), processor="skylake", steps=steps)
+        sweep(inputs_in(tmp_path / "in"), grid, tmp_path / f"{steps}.parquet", local(1))
+        rows = [row for row in rows_of(tmp_path / f"{steps}.parquet") if row["scan"] == 1]
+        assert {row["tlb_misses"] for row in rows if row["input"] == "b plain.rec"} == {None}
+        assert [row["tlb_misses"] for row in rows if row["input"] == "a traced.rec"][-1] == 2
 
 
 def test_a_result_is_not_replaced_unasked(directory: Path, tmp_path: Path) -> None:
