@@ -10,6 +10,10 @@ MINUTES ?= 10
 KERNELS ?= 7.3
 QUICK := $(if $(ALL),,--quick)
 
+# Images of Python often set this. Each of the hundreds of interpreters that tests start would then compile mthp again,
+# and pytest every test.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types docs picture man changelog dist deb deb-check image bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
