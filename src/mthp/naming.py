@@ -47,7 +47,7 @@ ALL = ("uid", "cgroup", "unit", "pod", "container", "comm", "exe", "pid")
 _WEIGHTS = {name: 1 << at for at, name in enumerate(ALL)}
 """The weight of a property when rules are compared: each exceeds the sum of all before it."""
 
-_KINDS = frozenset(("user", "cgroup", "unit", "pod", "container", "comm", "exe"))
+KINDS = ("comm", "exe", "unit", "cgroup", "pod", "container", "user")
 """Words before the colon: properties, and the word for a uid."""
 
 _UNIT = re.compile(r"[^/]+\.(?:service|scope|socket|mount|swap)")
@@ -261,7 +261,7 @@ def match_of(word: str) -> Match | None:
     if word == "all":
         return Match()
     kind, colon, given = word.partition(":")
-    if not colon or kind not in _KINDS:
+    if not colon or kind not in KINDS:
         return None
     if kind == "user":
         return Match(uid=(user_id(given),))

@@ -47,6 +47,11 @@ COMMANDS = {
 }
 """The commands, in the order in which a new user needs them; each is the module ``mthp.cli.<name>_command``."""
 
+COMPLETE_VARIABLE = "_MTHP_COMPLETE"
+"""The environment variable by which the script of a shell requests completions, as click derives it from the program's
+name.
+"""
+
 
 class _Commands(click.Group):
     """Imports a command's module on demand."""
@@ -151,6 +156,10 @@ def _run_until_signal(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if COMPLETE_VARIABLE in os.environ:
+        from mthp.cli.completing import register
+
+        register()
     try:
         # Without it click prints errors and exits itself. Commands that always succeed return None.
         code = _mthp.main(args=arguments, prog_name="mthp", standalone_mode=False)

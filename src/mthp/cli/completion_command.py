@@ -8,11 +8,9 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
+from mthp.cli import COMPLETE_VARIABLE
 from mthp.errors import MthpError
 from mthp.files import write_whole
-
-VARIABLE = "_MTHP_COMPLETE"
-"""The environment variable by which the script requests completions, as click derives it from the program's name."""
 
 FILES = {
     "bash": "bash-completion/completions/mthp",
@@ -57,7 +55,7 @@ def script(shell: str) -> str:
     kind = get_completion_class(shell)
     assert kind is not None
     root = click.get_current_context().find_root().command
-    return kind(root, {}, "mthp", VARIABLE).source().rstrip("\n") + "\n"
+    return kind(root, {}, "mthp", COMPLETE_VARIABLE).source().rstrip("\n") + "\n"
 
 
 def destination(shell: str) -> Path:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from click.shell_completion import CompletionItem, ShellComplete
 
-from mthp.cli import COMMANDS, _mthp, completion_command, main
+from mthp.cli import COMMANDS, COMPLETE_VARIABLE, _mthp, completing, completion_command, main
 from mthp.engine.policy_lookup import policy_names
+from mthp.naming import KINDS, ProcessFacts
 from waiting import PATIENCE
 
 
 def proposed(line: str) -> list[CompletionItem[str]]:
     """Return the completions of the last word of a command line."""
     *words, incomplete = line.split(" ")
-    return ShellComplete(_mthp, {}, "mthp", completion_command.VARIABLE).get_completions(words, incomplete)
+    return ShellComplete(_mthp, {}, "mthp", COMPLETE_VARIABLE).get_completions(words, incomplete)
 
 
 def values(line: str) -> list[str]:
@@ -67,6 +70,61 @@ def test_a_name_that_a_shell_could_run_is_not_proposed(comm: str) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_kinds_of_names_are_proposed_with_the_names_there_are(named: str) -> None:
+    assert {"comm:", "cgroup:", "container:"} <= set(values("inspect c"))
+    # With a single one the shell would put a space behind the colon.
+    assert f"comm:{named}" in values("inspect com")
+    assert f"comm:{named}" in values(f"inspect comm:{named[:2]}")
+    assert all(each.startswith(f"comm:{named[:2]}") for each in values(f"inspect comm:{named[:2]}"))
+    assert f"user:{pwd.getpwuid(os.getuid()).pw_name}" in values("trim user:")
+    assert f"exe:{Path('/proc/self/exe').resolve()}" in values("record exe:/")
+    # Files would only disturb here.
+    assert [item for item in proposed("inspect exe:/") if item.type != "plain"] == []
+
+
+class KnownProcesses:
+    """Two processes: one of a pod, one of a unit."""
+
+    def pids(self) -> list[int]:
+        return [7, 8]
+
+    def read(self, pid: int, properties: Iterable[str]) -> ProcessFacts:
+        if pid == 8:
+            return ProcessFacts(pid, 1, cgroup="/user@0.service/db.service")
+        cgroup = f"/kubepods.slice/pod1.slice/cri-containerd-{CONTAINER}.scope"
+        return ProcessFacts(pid, 1, cgroup=cgroup, pod="shop/redis-0", container_name="$(reboot)")
+
+
+CONTAINER = 64 * "a"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("pod:", ["pod:shop/redis-0"]),
+        ("unit:", [f"unit:cri-containerd-{CONTAINER}.scope", "unit:db.service", "unit:user@0.service"]),
+        ("unit:d", ["unit:db.service"]),
+        ("container:", [f"container:{CONTAINER[:12]}"]),
+        ("cgroup:/u", ["cgroup:/user@0.service", "cgroup:/user@0.service/db.service"]),
+    ],
+)
+def test_pods_units_containers_and_groups_are_proposed(
+    typed: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mthp.linux.facts.FactsReader", KnownProcesses)
+    assert values(f"inspect {typed}") == expected
+
+
+def test_nothing_is_proposed_where_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mthp.linux.facts.PROC", "/nonexistent")
+    assert [values(f"inspect {kind}:") for kind in KINDS] == [[] for _ in KINDS]
+
+
+def test_the_shell_does_not_wait_for_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completing, "LONGEST_SECONDS", 0.0)
+    assert values("inspect comm:") == []
 
 
 def test_policies_are_proposed() -> None:
@@ -118,14 +176,28 @@ def test_a_directory_that_cannot_be_made_is_told(
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_with_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # As bash takes a command line apart, of which the last word is completed.
+        ("plan self --policy mainl", "mainline"),
+        ("inspect comm : {comm}", "{comm}"),
+        ("inspect comm :", "{comm}"),
+        ("inspect comm:{comm}", "comm:{comm}"),
+        ("inspect 1 exe : {exe}", "{exe}"),
+    ],
+)
+def test_bash_completes_with_the_script(
+    words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: str
+) -> None:
+    words, expected = (each.format(comm=named, exe=Path("/proc/self/exe").resolve()) for each in (words, expected))
     assert main(["completion", "bash"]) == 0
     (tmp_path / "script").write_text(capsys.readouterr().out)
     (tmp_path / "mthp").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mthp "$@"\n')
     (tmp_path / "mthp").chmod(0o755)
     typed = (
-        "source ./script; COMP_WORDS=(mthp plan self --policy mainl); COMP_CWORD=4;"
-        " _mthp_completion mthp mainl --policy; printf '%s\\n' ${COMPREPLY[@]}"
+        f"source ./script; COMP_WORDS=(mthp {words}); COMP_CWORD={len(words.split())};"
+        " _mthp_completion mthp; printf '%s\\n' ${COMPREPLY[@]}"
     )
     done = subprocess.run(
         ["bash", "--norc", "-c", typed],
@@ -136,7 +208,7 @@ def test_bash_completes_with_the_script(tmp_path: Path, capsys: pytest.CaptureFi
         check=False,
         timeout=PATIENCE,
     )
-    assert done.stdout.split() == ["mainline"], done.stderr
+    assert expected in done.stdout.split(), done.stderr
 
 
 def test_commands_are_imported_with_a_click_whose_classes_are_not_generic() -> None:
