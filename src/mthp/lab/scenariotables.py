@@ -90,7 +90,7 @@ class TrimSettings:
     """The table ``[trim]``: mthp gives back pages of zeroes of all processes.
 
     Attributes:
-        every: time from one trim to the next.
+        every: time from the beginning of one trim to that of the next.
         start: time of the earliest trim.
         zero: the part of a folio's pages that must contain only zeroes.
         free: trim only while less than this part of the machine's memory is free.

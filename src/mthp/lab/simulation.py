@@ -194,7 +194,8 @@ class _Run:
         for fault in self._scenario.faults:
             self._at(fault.at, lambda f=fault: self._fault(f))  # type: ignore[misc]
         if trim := self._scenario.trim:
-            self._at(max(trim.start, trim.every), lambda: self._trim(trim))
+            first = max(trim.start, trim.every)
+            self._at(first, lambda: self._trim(trim, first))
         machine.khugepaged.rest_by(_Time(self))
         if settings.khugepaged:
             # khugepaged's rests run the programs (class _Time).
@@ -293,9 +294,11 @@ class _Run:
     def _spent_ns(self) -> int:
         return sum(self.machine.clock.spent_ns().values())
 
-    def _trim(self, trim: TrimSettings) -> None:
+    def _trim(self, trim: TrimSettings, due: float) -> None:
         self._mthp.trim((member.program for member in self._members if member.program.alive), trim)
-        self._at(self.now + trim.every, lambda: self._trim(trim))
+        # From the time at which it was due, so that later trims are not late; but no two at the same time.
+        following = max(due + trim.every, self.now)
+        self._at(following, lambda: self._trim(trim, following))
 
     # Faults.
 

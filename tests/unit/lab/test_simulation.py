@@ -12,6 +12,7 @@ from mthp.lab import simulated
 from mthp.lab.figures import METRICS
 from mthp.lab.scenario import load_scenario
 from mthp.lab.simulation import Outcome, _Run, simulate
+from mthp.lab.upkeep import Upkeep
 from mthp.ptes import Pte
 from mthp.report.simulations import report_on_simulation
 from mthp.snapshot import record
@@ -287,3 +288,19 @@ def test_trims_come_when_they_are_to(tmp_path: Path, words: str, trims: bool) ->
     table = process("sparse-arena", 'advise_after = "2500ms"')
     last = run(tmp_path, f'[trim]\nevery = "1s"\n{words}\n', table, seconds=8, policy="pmd-only").last
     assert (last["given_back_bytes"] > 0) == trims
+
+
+@pytest.mark.parametrize(("takes", "begun"), [(0.25, [1, 2, 3, 4, 5, 6]), (1.5, [1, 2.5, 4, 5.5])])
+def test_trims_begin_at_regular_times_whatever_they_take(
+    takes: float, begun: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def trim(upkeep: Upkeep, programs: object, settings: object) -> None:
+        seen.append(upkeep._machine.clock.now_ns / 1e9)
+        upkeep._machine.clock.wait_ns(round(takes * 1e9))
+
+    monkeypatch.setattr(Upkeep, "trim", trim)
+    run(tmp_path, '[trim]\nevery = "1s"\n', process("sparse-arena"), seconds=6)
+    # Actions of the programs at the same time come first.
+    assert seen == pytest.approx(begun, abs=0.05)
