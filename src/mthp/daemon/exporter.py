@@ -240,9 +240,6 @@ _ROOM_SECONDS = 1.0
 
 
 class _Handler(WSGIRequestHandler):
-    # In wsgiref, which the client uses, a client that connects and sends nothing holds its thread forever.
-    timeout = CONNECTION_SECONDS
-
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing, because metrics are read every few seconds."""
 

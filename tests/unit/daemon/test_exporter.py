@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from daemon_stage import FULL, HALF, HUGE, START, G, N, Stage, Trimmable, samples
 from fakes import page_runs
 from mthp.daemon.exporter import CONNECTION_SECONDS, MAX_CONNECTIONS, BoundedServer
@@ -63,15 +65,16 @@ def test_half_open_connections_are_bounded() -> None:
         assert threading.active_count() <= before
 
 
-def test_a_client_that_trickles_is_ended() -> None:
+@pytest.mark.parametrize("sent", [b"", b"G"], ids=["nothing", "trickles"])
+def test_a_client_that_does_not_finish_its_request_is_ended(sent: bytes) -> None:
     with serving(connection_seconds=0.2) as server, connected(server) as slow:
         slow.settimeout(0.02)
         ended = False
 
-        def trickle() -> bool:
+        def is_ended() -> bool:
             nonlocal ended
             try:
-                slow.sendall(b"G")
+                slow.sendall(sent)
                 ended = ended or slow.recv(1) == b""
             except TimeoutError:
                 pass
@@ -79,7 +82,7 @@ def test_a_client_that_trickles_is_ended() -> None:
                 ended = True
             return ended
 
-        assert wait_for(trickle)
+        assert wait_for(is_ended)
         assert asked(server) == b"/metrics"
 
 
