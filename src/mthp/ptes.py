@@ -105,6 +105,11 @@ class PteColumns:
         return PteColumns(tuple(segments), self.state[pages], self.folio_order[pages], pfn)
 
 
+def bytes_in(segments: Iterable[Segment]) -> int:
+    """Return the size of all `segments` together."""
+    return sum(end - start for start, end in segments)
+
+
 def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
     """Return the first page of each segment, and the one behind its last: int64, shape (segments, 2).
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
 from mthp.measuring import BLOCK_PAGES
 from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
+from mthp.progress import Progress, Reading
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks, in_range_blocks
 from mthp.tabular import Tabular
 from mthp.tunables import Switches
@@ -38,9 +41,6 @@ STATES = {
     "pmd_mapped": Pte.PMD_MAPPED,
 }
 """States that are counted, by their name in the output."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) after every block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,46 +218,44 @@ def take_census(
         TargetVanishedError: the process exited in the meantime.
         UnsupportedError: `zero_filled` of an address space without contents.
     """
-    page_size = space.geometry.page_size
     if zero_filled:
         abilities.zero_filled(space, space.read([]))  # Fails at once for an address space without contents.
+    vmas, totals = _listed_and_counted(space, nodes, block_pages, progress)
+    if zero_filled:
+        for index, zeroes in _zero_filled(space, vmas, progress).items():
+            totals[index] = tuple(replace(pages, zero_filled=zeroes) for pages in totals[index])
+    geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
+    allowed = partial(eligibility, geometry=geometry, switches=switches, thp_disabled=disabled)
+    counted = tuple(
+        VmaCensus(
+            vma,
+            pages,
+            anonymous,
+            khugepaged=allowed(vma, trigger="khugepaged"),
+            madvise=allowed(vma, trigger="madvise", include_file=True),
+        )
+        for vma, (pages, anonymous) in zip(vmas, totals, strict=True)
+    )
+    return Census(space.label, space.kernel, geometry, switches, disabled, space.missing, counted)
+
+
+def _listed_and_counted(
+    space: AddressSpace, nodes: bool, block_pages: int, progress: Progress | None
+) -> tuple[Sequence[Vma], list[tuple[PageCounts, ...]]]:
+    """Return the mappings, and of each the counts of all pages and of the anonymous ones."""
     # For the details of a mapping the kernel walks over all its pages, and this process only waits for that. So another
     # thread reads them, while this one reads the pages themselves.
     with ThreadPoolExecutor(1) as pool:
         listing = pool.submit(lambda: abilities.with_nodes(space, space.vmas()) if nodes else space.vmas())
         mapped = space.mapped()
         counts = _Counts(mapped, space.geometry)
-        segments = space.populated(mapped, page_size)
-        size, done = sum(end - start for start, end in segments), 0
-        for block in in_range_blocks(segments, space.geometry, block_pages * page_size):
+        segments = space.populated(mapped, space.geometry.page_size)
+        reading = Reading(progress, segments)
+        for block in in_range_blocks(segments, space.geometry, block_pages * space.geometry.page_size):
             counts.add(space.read(block))
-            done += sum(end - start for start, end in block)
-            if progress is not None:
-                progress(done, size)
+            reading.has_read(block)
         vmas = listing.result()
-    totals = counts.of(vmas)
-    if zero_filled:
-        for index, zeroes in _zero_filled(space, vmas, progress).items():
-            totals[index] = tuple(replace(pages, zero_filled=zeroes) for pages in totals[index])
-    geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
-    return Census(
-        label=space.label,
-        kernel=space.kernel,
-        geometry=geometry,
-        switches=switches,
-        thp_disabled=disabled,
-        missing=space.missing,
-        vmas=tuple(
-            VmaCensus(
-                vma,
-                pages,
-                anonymous,
-                eligibility(vma, geometry, switches, trigger="khugepaged", thp_disabled=disabled),
-                eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True),
-            )
-            for vma, (pages, anonymous) in zip(vmas, totals, strict=True)
-        ),
-    )
+    return vmas, counts.of(vmas)
 
 
 def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | None) -> dict[int, NDArray[np.int64]]:
@@ -266,7 +264,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
     # Contents of files are not the process's own, and zeroes in them cannot be given back.
     anonymous = [(index, vma) for index, vma in enumerate(vmas) if vma.kind is VmaKind.ANON]
     populated = {index: space.populated([(vma.start, vma.end)], page_size) for index, vma in anonymous}
-    size, done = sum(end - start for segments in populated.values() for start, end in segments), 0
+    reading = Reading(progress, chain.from_iterable(populated.values()))
     for index, segments in populated.items():
         found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
         for block in in_blocks(segments, CONTENTS_PAGES * page_size):
@@ -274,9 +272,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
             order = columns.folio_order[resident_pages(columns) & abilities.zero_filled(space, columns)]
             column = np.where(order == ORDER_UNKNOWN, MAX_FOLIO_ORDER + 1, np.clip(order, 0, MAX_FOLIO_ORDER))
             found[index] += np.bincount(column, minlength=MAX_FOLIO_ORDER + 2)
-            done += sum(end - start for start, end in block)
-            if progress is not None:
-                progress(done, size)
+            reading.has_read(block)
     return found
 
 

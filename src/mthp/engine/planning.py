@@ -33,12 +33,10 @@ from mthp.engine.select import (
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.measuring import Measured, Meter, Scope, measure
 from mthp.metrics import Coverage
-from mthp.ptes import PteColumns, Segment, segments_of, without
+from mthp.progress import Progress, Reading
+from mthp.ptes import PteColumns, Segment, bytes_in, segments_of, without
 from mthp.results import ScanResult
 from mthp.vma import Vma
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) after every block."""
 
 
 def plan_space(
@@ -60,44 +58,14 @@ def plan_space(
         TargetVanishedError: the process exited in the meantime.
         UnsupportedError, NotPermittedError: as :func:`mthp.abilities.heat_of`.
     """
-    policy = policy_named(options.policy)
-    base = base_rules(space, options)
+    policy, base = policy_named(options.policy), base_rules(space, options)
     # First, because the program may run for seconds while its accesses are measured.
     heat = heat_of(space, options.heat, stop)
     vmas = space.vmas()
     jobs, refused = jobs_of(space, options, base, vmas)
     scope = Scope(options.within, options.include_file)
     meter = Meter(space, vmas, scope)
-    granule = space.geometry.pmd_size
-    todo = [(job, space.populated(job.segments, granule)) for job in jobs]
-    # Memory that counts for the coverage, and that no job reads.
-    others = list(without(meter.segments, sorted(segment for _, segments in todo for segment in segments)))
-    size = sum(end - start for segments in (*(segments for _, segments in todo), others) for start, end in segments)
-    parts: list[tuple[Ranges, Folios]] = []
-    done = 0
-
-    def progressed(block: Sequence[Segment]) -> None:
-        nonlocal done
-        done += sum(end - start for start, end in block)
-        if progress is not None:
-            progress(done, size)
-
-    # Every entry is read once: planning and measuring share the columns.
-    for job, segments in todo:
-        for block in blocks_of(job, segments, space.geometry, block_ranges):
-            columns, ranges, folios = _plan_block(space, job, block, policy, options.filled)
-            parts.append((ranges, folios))
-            meter.expect(folios.address, folios.order)
-            meter.add(columns)
-            progressed(block)
-    meter.expect(np.empty(0, np.uint64), np.empty(0, np.int8))
-    for block in meter.blocks(others):
-        meter.add(space.read(block))
-        progressed(block)
-    ranges = Ranges.joined([part for part, _ in parts])
-    folios = Folios.joined([part for _, part in parts])
-    # Jobs group mappings by rules, not by address.
-    folios = folios[np.argsort(folios.address)]
+    ranges, folios = _plan_and_measure(space, jobs, policy, options.filled, meter, progress, block_ranges)
     orders = tuple(sorted({order for job in jobs for order in job.rules.orders}))
     measured = meter.measured()
     eligible, refused_resident = _split(measured, vmas, refused)
@@ -108,10 +76,10 @@ def plan_space(
         orders=orders,
         trigger=base.trigger,
         tunables=base.tunables,
-        ranges=ranges[np.argsort(ranges.address)],
+        ranges=ranges,
         folios=folios,
         refused=tuple(refused),
-        planned_bytes=sum(end - start for job in jobs for start, end in job.segments),
+        planned_bytes=sum(bytes_in(job.segments) for job in jobs),
         asked_order=_asked_order(options, base, orders),
         scope=scope,
         before=measured.now,
@@ -121,6 +89,39 @@ def plan_space(
         heat=heat,
         small=options.small,
     )
+
+
+def _plan_and_measure(
+    space: AddressSpace,
+    jobs: Sequence[Job],
+    policy: Policy,
+    filled: FilledPages | None,
+    meter: Meter,
+    progress: Progress | None,
+    block_ranges: int,
+) -> tuple[Ranges, Folios]:
+    """Read every entry once, for the plan and for `meter`; return the planned ranges and folios."""
+    todo = [(job, space.populated(job.segments, space.geometry.pmd_size)) for job in jobs]
+    planned = sorted(segment for _, segments in todo for segment in segments)
+    # Memory that counts for the coverage, and that no job reads.
+    others = list(without(meter.segments, planned))
+    reading = Reading(progress, [*planned, *others])
+    parts: list[tuple[Ranges, Folios]] = []
+    for job, segments in todo:
+        for block in blocks_of(job, segments, space.geometry, block_ranges):
+            columns, ranges, folios = _plan_block(space, job, block, policy, filled)
+            parts.append((ranges, folios))
+            meter.expect(folios.address, folios.order)
+            meter.add(columns)
+            reading.has_read(block)
+    meter.expect(np.empty(0, np.uint64), np.empty(0, np.int8))
+    for block in meter.blocks(others):
+        meter.add(space.read(block))
+        reading.has_read(block)
+    ranges = Ranges.joined([part for part, _ in parts])
+    folios = Folios.joined([part for _, part in parts])
+    # Jobs group mappings by rules, not by address.
+    return ranges[np.argsort(ranges.address)], folios[np.argsort(folios.address)]
 
 
 def _asked_order(options: PlanOptions, base: Rules, enabled: Sequence[int]) -> int:

@@ -21,10 +21,11 @@ from typing import ClassVar, Literal
 
 from mthp import abilities
 from mthp.addrspace import AddressSpace
-from mthp.engine.census import Census, PageCounts, Progress, VmaCensus, take_census
+from mthp.engine.census import Census, PageCounts, VmaCensus, take_census
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.metrics import MAX_FOLIO_ORDER
+from mthp.progress import Progress
 from mthp.tabular import Tabular
 from mthp.units import format_size, parse_share
 

@@ -19,12 +19,13 @@ from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
-from mthp.lab.evaluate import Evaluation, Progress, evaluate
+from mthp.lab.evaluate import Evaluation, evaluate
 from mthp.lab.figures import METRICS, Metric, Row, coverage_from, frontier, metric_of, order_column, share
 from mthp.lab.heated import accesses_to_count
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.measuring import out_of_reach_bytes
+from mthp.progress import Progress
 from mthp.sim.clock import Costs
 from mthp.tabular import Tabular
 from mthp.units import format_size, percent

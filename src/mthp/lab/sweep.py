@@ -29,14 +29,12 @@ from mthp.lab.partsdirectory import PartsDirectory
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor
 from mthp.measuring import out_of_reach_bytes
+from mthp.progress import Progress
 from mthp.snapshot import Recording
 from mthp.snapshot.load import load
 from mthp.snapshot.stream import is_recording
 from mthp.snapshot.table import pyarrow
 from mthp.tabular import Tabular
-
-Progress = Callable[[int, int], None]
-"""Called with (inputs done, inputs in all) after every input."""
 
 PARTS_SUFFIX = ".parts"
 

@@ -11,7 +11,7 @@ Kinds differ in lightness, which does not depend on colour vision, and memory th
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,8 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import Census, VmaCensus, take_census
 from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry
-from mthp.ptes import Segment, in_blocks
+from mthp.progress import Progress, Reading
+from mthp.ptes import Segment, bytes_in, in_blocks
 from mthp.report.kinds import Kinds
 from mthp.units import format_size
 from mthp.vma import Vma
@@ -46,8 +47,6 @@ BLOCK_BYTES = 1 << 30
 
 _GAP = 2
 """Empty lines between rows, in units of levels."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ class Stretch:
     @property
     def bytes(self) -> int:
         """The bytes of the parts."""
-        return sum(end - start for start, end in self.segments)
+        return bytes_in(self.segments)
 
 
 def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = None) -> list[Stretch]:
@@ -208,7 +207,7 @@ def shares(
     """
     kinds, page_size = Kinds(space.geometry), space.geometry.page_size
     counted = []
-    done, size = 0, sum(part.bytes for part in parts)
+    reading = Reading(progress, [segment for part in parts for segment in part.segments])
     for part in parts:
         counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
         offset = 0
@@ -219,9 +218,7 @@ def shares(
             # Reduced at once, so memory use does not depend on the size of the process.
             _count(counts, kind, offset, column_bytes // page_size)
             offset += len(kind)
-            if progress is not None:
-                progress(done + offset * page_size, size)
-        done += part.bytes
+            reading.has_read(block)
         counted.append(counts)
     return counted
 

@@ -6,7 +6,6 @@ Mappings are guessed: pages in one PMD range or in neighbouring ones form one an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from mthp.files import check_output
 from mthp.geometry import X86_64, Geometry
+from mthp.progress import Progress
 from mthp.ptes import ORDER_NONE, Pte, PteColumns
 from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
@@ -27,8 +27,6 @@ from mthp.snapshot.runs import RunTable, encode
 from mthp.snapshot.traces import Trace
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

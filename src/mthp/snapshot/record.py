@@ -7,7 +7,7 @@ because it shows the memory layout of a live process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from mthp.abilities import service, with_nodes
@@ -15,6 +15,7 @@ from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
 from mthp.heat import Heat
+from mthp.progress import Progress
 from mthp.ptes import Segment, at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.formats import check_format, run_writer
@@ -23,9 +24,6 @@ from mthp.vma import Vma, VmaKind
 
 BLOCK_SIZE = 256 << 20
 """Bytes of address space read at a time: 65 536 entries of 4 KiB."""
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes of mappings done, bytes of mappings in all)."""
 
 
 def record(
@@ -63,10 +61,6 @@ def record(
             description = writer.finish(description)
         size = file.tell()
     return description.info(os.fspath(path), writer.runs, size)
-
-
-def _silent(done: int, total: int) -> None:
-    """Ignore the progress."""
 
 
 def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None) -> Description:

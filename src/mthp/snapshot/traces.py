@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.files import open_regular
+from mthp.progress import Progress
 from mthp.snapshot.bounds import ACCESSES
 
 ACCESSES_A_STEP = 1 << 20
@@ -76,9 +77,6 @@ _BINARY = {
     b"PK": "",
     b"\x1f\x8b": "",
 }
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read, bytes in all) after every step."""
 
 
 @dataclass(frozen=True, slots=True)
