@@ -290,7 +290,7 @@ become_nobody()
 array = np.frombuffer(mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 array[:] = 1
 report = mthp.collapse_buffer(array)
-print(report.collapsed, report.complete)
+print(report.ranges.made, report.complete)
 """
 
 

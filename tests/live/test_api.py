@@ -59,7 +59,7 @@ def whole_ranges(start: int, size: int) -> int:
 def check_collapsed(report: Any, start: int, size: int, huge_before: int) -> None:
     count = whole_ranges(start, size)
     assert count > 0
-    assert (report.collapsed, report.complete) == (count, True)
+    assert (report.ranges.made, report.complete) == (count, True)
     assert huge_within(start, size) - huge_before == count * PMD_SIZE
     # Of all whole pages of the buffer.
     pages = (start + size) // PAGE_SIZE - -(-start // PAGE_SIZE)
@@ -80,7 +80,7 @@ def test_a_numpy_array(base_pages: None) -> None:
     check_collapsed(report, address_of(array), array.nbytes, before)
     assert (array == np.arange(array.size)).all()
     again = mthp.collapse_buffer(array)
-    assert again.collapsed == 0
+    assert again.ranges.made == 0
     assert again.complete
 
 
@@ -97,7 +97,7 @@ def test_views_of_an_array(base_pages: None, kind: str) -> None:
     check_collapsed(report, address_of(view), view.nbytes, before)
     if kind == "row":
         # No more than the row asked for.
-        assert report.collapsed <= 4
+        assert report.ranges.made <= 4
     assert array.all()
 
 
@@ -127,8 +127,8 @@ def test_an_mmap_of_shared_memory(base_pages: None) -> None:
             start = address_of(np.frombuffer(memory, np.uint8))
             before = huge_within(start, size)
             report = mthp.collapse_buffer(memory)
-            if report.failed:
-                pytest.skip(f"this kernel does not collapse shared memory: {report.failed}")
+            if report.ranges.failed_by_result:
+                pytest.skip(f"this kernel does not collapse shared memory: {report.ranges.failed_by_result}")
             check_collapsed(report, start, size, before)
             assert memory[:] == bytes(range(256)) * (size // 256)
     finally:
@@ -140,7 +140,7 @@ def test_an_array_that_was_hardly_written(base_pages: None) -> None:
     array = mapped(4 * PMD_SIZE)
     array[-address_of(array) % PMD_SIZE + 5] = 7
     report = mthp.collapse_buffer(array)
-    assert report.collapsed == 1
+    assert report.ranges.made == 1
     assert report.filled_bytes == PMD_SIZE - PAGE_SIZE
     assert array.sum() == 7
 
@@ -160,7 +160,7 @@ def test_a_buffer_without_a_whole_range_has_nothing_to_collapse() -> None:
     for buffer in (b"", b"abc", bytearray(PAGE_SIZE), np.zeros(0), np.zeros(()), memoryview(b"abc")):
         report = mthp.collapse_buffer(buffer)
         assert (report.done_nothing, report.complete) == (True, False)
-        assert report.collapsed == len(report.plan.ranges) == 0
+        assert report.ranges.made == len(report.plan.ranges) == 0
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ before = memory_of(os.getpid())
 report = mthp.collapse("self", orders="2M")
 after = memory_of(os.getpid())
 print(json.dumps([
-    report.collapsed, report.collapsed_bytes, after.anon_huge - before.anon_huge, report.complete,
+    report.ranges.made, report.collapsed_bytes, after.anon_huge - before.anon_huge, report.complete,
     bool((array == np.arange(1 << 20)).all()),
 ]))
 """
@@ -229,7 +229,7 @@ def test_inspect_plan_and_collapse_another_process(base_pages: None, actor: Acto
     assert plan.folios.address.tolist() == [address, address + PMD_SIZE]
     assert plan.ranges_by_result == {ScanResult.SUCCEED: 2}
     report = mthp.collapse(actor.pid, within=within, max_bloat=0)
-    assert (report.collapsed, report.filled_bytes, report.complete) == (2, 0, True)
+    assert (report.ranges.made, report.filled_bytes, report.complete) == (2, 0, True)
     assert memory_of(actor.pid, *within).anon_huge == 2 * PMD_SIZE
     (vma,) = [vma for vma in mthp.inspect(actor.pid).vmas if vma.vma.start == address]
     assert vma.pages.by_order() == {9: 2 * PAGES}

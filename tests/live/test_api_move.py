@@ -63,7 +63,7 @@ def test_a_buffer_becomes_folios_of_an_order(memory: NDArray[np.uint64], order: 
     words = switches()
     report = mthp.collapse_buffer(memory, order=order)
     assert report.complete
-    made = report.collapsed if order == 9 else report.folios[order].made
+    made = report.ranges.made if order == 9 else report.folios[order].made
     assert made == SIZE // (PAGE_SIZE << order)
     assert report.copied_bytes == SIZE
     assert orders(memory) == {order: SIZE // PAGE_SIZE}

@@ -242,7 +242,7 @@ def test_collapse_carries_the_plan_out_there() -> None:
     space = machine.space(mm)
     plan = plan_space(space, PlanOptions(policy="pmd-only"))
     report = collapse_space(space, PlanOptions(policy="pmd-only"), Means(max_bloat=None))
-    assert report.collapsed == plan.folios_by_order[4] > 0
+    assert report.ranges.made == plan.folios_by_order[4] > 0
     assert not plan_space(space, PlanOptions(policy="pmd-only")).folios_by_order
     assert check(machine) == []
 

@@ -201,7 +201,7 @@ def test_a_budget_of_copying_goes_to_what_is_hot() -> None:
     allowed = allowed_of(space, plan_space(space, chosen), means)
     report = collapse_space(space, chosen, means)
     assert [(address - BASE) // PMD for address, _ in space.attempts] == [1, 3]
-    assert (report.collapsed, report.ranges.over_copied, report.copied_bytes) == (2, 2, 2 * PMD)
+    assert (report.ranges.made, report.ranges.over_copied, report.copied_bytes) == (2, 2, 2 * PMD)
     assert report.heat_share == pytest.approx(11 / 12)
     assert not report.complete
     assert allowed.folios_by_order == {9: 2}

@@ -139,27 +139,16 @@ def carry_out(
             something was done is in the report instead.
     """
     check_mechanism(means, small=plan.small)
-    geometry = space.geometry
-    report = CollapseReport(plan, dry_run=dry_run)
-    report.mechanisms = mechanisms_of(space, plan, means)
+    report = _not_begun(space, plan, means)
+    if dry_run:
+        report.dry_run, report.allowed = True, allowed_of(space, plan, means)
+        return report
     by = {
         mechanism: plan.folios[np.isin(plan.folios.order, made_by(report.mechanisms, mechanism))]
         for mechanism in ORDER_OF_MECHANISMS
     }
-    report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
-    # The price is stated only if the user has a choice to make.
-    if report.needs_move:
-        report.move_price = price_of_moving(threads(space), means.max_pause_ns)
-    for order, count in plan.folios_by_order.items():
-        if report.mechanisms[order] == "madvise":
-            report.ranges = FolioTally(planned=count, not_tried=count)
-        elif report.mechanisms[order] is not None:
-            report.folios[order] = FolioTally(planned=count, not_tried=count)
-    report.split_price = split_price_of(space, plan, means)
-    if dry_run:
-        report.allowed = allowed_of(space, plan, means)
-        return report
-    total = sum(int((np.int64(geometry.page_size) << folios.order.astype(np.int64)).sum()) for folios in by.values())
+    page_size = np.uint64(space.geometry.page_size)
+    total = sum(int((page_size << folios.order.astype(np.uint64)).sum()) for folios in by.values())
     work = Work(space, means, report, total, progress, stop, clock)
     carriers = {mechanism: Carrier(work, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     with work.reported():
@@ -177,6 +166,23 @@ def carry_out(
             report.remade = remade_of_plan(space, plan)
     report.durations = Durations.of(carriers["madvise"].seconds + carriers["split"].seconds)
     report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
+    return report
+
+
+def _not_begun(space: AddressSpace, plan: SpacePlan, means: Means) -> CollapseReport:
+    """Return the report of a collapse that has not begun: the mechanism of each order, and the prices."""
+    report = CollapseReport(plan, mechanisms=mechanisms_of(space, plan, means))
+    for order, count in plan.folios_by_order.items():
+        if (mechanism := report.mechanisms[order]) is None:
+            report.needs_move[order] = count
+        elif mechanism == "madvise":
+            report.ranges = FolioTally(planned=count, not_tried=count)
+        else:
+            report.folios[order] = FolioTally(planned=count, not_tried=count)
+    # The price is stated only if the user has a choice to make.
+    if report.needs_move:
+        report.move_price = price_of_moving(threads(space), means.max_pause_ns)
+    report.split_price = split_price_of(space, plan, means)
     return report
 
 

@@ -172,36 +172,6 @@ class CollapseReport(Tabular):
         return [{key: value for key, value in row.items() if key != "reasons"} for row in found]
 
     @property
-    def collapsed(self) -> int:
-        """PMD ranges that one PMD entry maps now and did not before."""
-        return self.ranges.made
-
-    @property
-    def unchanged(self) -> int:
-        """PMD ranges that one PMD entry mapped already when their turn came."""
-        return self.ranges.unchanged
-
-    @property
-    def failed(self) -> Counter[ScanResult]:
-        """PMD ranges that could not be collapsed, by scan result."""
-        return self.ranges.failed_by_result
-
-    @property
-    def over_budget(self) -> int:
-        """PMD ranges left alone because filling them would have exceeded `max_bloat`."""
-        return self.ranges.over_budget
-
-    @property
-    def over_reserve(self) -> int:
-        """PMD ranges left alone because they would have taken memory that must stay free."""
-        return self.ranges.over_reserve
-
-    @property
-    def not_tried(self) -> int:
-        """PMD ranges left when the collapse ended early."""
-        return self.ranges.not_tried
-
-    @property
     def geometry(self) -> Geometry:
         """Geometry of the machine."""
         return self.plan.geometry
@@ -224,7 +194,7 @@ class CollapseReport(Tabular):
     @property
     def collapsed_bytes(self) -> int:
         """Bytes that PMD entries map now and did not before."""
-        return self.collapsed * self.plan.geometry.pmd_size
+        return self.ranges.made * self.plan.geometry.pmd_size
 
     @property
     def moved_bytes(self) -> int:

@@ -197,7 +197,7 @@ MAX_REASONS = 5
 def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     """Return the result of a collapse in words."""
     pmd = geometry.label(geometry.pmd_order)
-    made = {geometry.pmd_order: report.collapsed} | {order: tally.made for order, tally in report.folios.items()}
+    made = {geometry.pmd_order: report.ranges.made} | {order: tally.made for order, tally in report.folios.items()}
     folios = ", ".join(f"{count:,} of {geometry.label(order)}" for order, count in made.items() if count)
     lines = [
         f"folios made: {folios or 'none'}",
@@ -210,11 +210,14 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
         lines.append(
             f"it was stopped {report.windows.count:,} times, for a median of {1000 * report.windows.p50:.2f} ms"
         )
-    left = [(count, pmd, result.meaning) for result, count in report.failed.items()]
-    left += [(report.over_budget, pmd, "filling them would exceed the bloat budget")] if report.over_budget else []
-    copied = report.ranges.over_copied
-    left += [(copied, pmd, "copying them would exceed the budget")] if copied else []
-    left += [(report.over_reserve, pmd, report.room)] if report.over_reserve else []
+    ranges = report.ranges
+    left = [(count, pmd, result.meaning) for result, count in ranges.failed_by_result.items()]
+    alone = (
+        (ranges.over_budget, "filling them would exceed the bloat budget"),
+        (ranges.over_copied, "copying them would exceed the budget"),
+        (ranges.over_reserve, report.room),
+    )
+    left += [(count, pmd, why) for count, why in alone if count]
     left += [(n, geometry.label(order), needs_move_reason(report.move_price)) for order, n in report.needs_move.items()]
     for order, tally in report.folios.items():
         left += [(count, geometry.label(order), reason) for (_, reason), count in tally.failed.items()]

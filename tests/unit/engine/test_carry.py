@@ -206,7 +206,7 @@ def test_the_largest_come_first_and_of_each_the_fullest() -> None:
 def test_the_pmd_order_is_made_by_the_call_and_smaller_ones_by_moving() -> None:
     space = pages_of((512, 0), (64, 448))
     report = moved(space, mechanism="madvise,move")
-    assert (report.collapsed, report.durations.count) == (1, 1)
+    assert (report.ranges.made, report.durations.count) == (1, 1)
     assert space.batches == [[(BASE + PMD, 6)]]
     assert report.folios[6].made == 1
     assert report.complete

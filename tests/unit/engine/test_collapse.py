@@ -59,7 +59,8 @@ def carried_out(space: FakeSpace, stop: Any = lambda: False, progress: Any = Non
 
 
 def accounted(report: CollapseReport) -> int:
-    return report.collapsed + report.unchanged + report.failed.total() + report.over_budget + report.not_tried
+    ranges = report.ranges
+    return ranges.made + ranges.unchanged + ranges.failed.total() + ranges.over_budget + ranges.not_tried
 
 
 def planned_ranges(report: CollapseReport) -> int:
@@ -97,17 +98,22 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
     assert accounted(report) == planned_ranges(report)
     after = everything(space)
     became_huge = (after.has(Pte.PMD_MAPPED) & ~bloat_free.has(Pte.PMD_MAPPED)).sum() // PAGES_OF_PPC
-    assert report.collapsed == became_huge
+    assert report.ranges.made == became_huge
     assert report.collapsed_bytes == became_huge * PPC.pmd_size
     assert report.filled_bytes == (contents(space) - before) * PPC.page_size
     assert report.copied_bytes == report.collapsed_bytes - report.filled_bytes
     assert max_bloat is None or report.filled_bytes <= max_bloat
     assert report.coverage == pytest.approx(coverage_of(space))
     assert report.durations.count == len(space.attempts)
-    left = [report.failed.total(), report.over_budget, report.not_tried, report.interrupted]
+    left = [
+        report.ranges.failed_by_result.total(),
+        report.ranges.over_budget,
+        report.ranges.not_tried,
+        report.interrupted,
+    ]
     assert report.complete == (not any(left) and not report.done_nothing)
     for address, _ in space.attempts:
-        assert fails.get(address) in {None, ScanResult.SUCCEED} or report.failed[fails[address]]
+        assert fails.get(address) in {None, ScanResult.SUCCEED} or report.ranges.failed_by_result[fails[address]]
 
 
 @settings(max_examples=examples(60))
@@ -140,7 +146,7 @@ def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int
     assert accounted(report) == planned_ranges(report)
     assert report.vanished == space.vanished
     assert not (report.vanished and report.complete)
-    assert all(report.failed.values())
+    assert all(report.ranges.failed_by_result.values())
 
 
 def test_what_was_tried_when_the_target_vanished_is_not_said_to_be_collapsed() -> None:
@@ -151,9 +157,9 @@ def test_what_was_tried_when_the_target_vanished_is_not_said_to_be_collapsed() -
 
     report = carried_out(space_of(512, 512, 512, 512, 512, cls=DiesAtTheThird))
     assert report.vanished
-    assert (report.collapsed, report.filled_bytes) == (2, 0)
-    assert report.failed == {ScanResult.ANY_PROCESS: 1}
-    assert report.not_tried == 2
+    assert (report.ranges.made, report.filled_bytes) == (2, 0)
+    assert report.ranges.failed_by_result == {ScanResult.ANY_PROCESS: 1}
+    assert report.ranges.not_tried == 2
 
 
 def test_the_fullest_come_first_and_equals_by_address() -> None:
@@ -166,7 +172,7 @@ def test_the_fullest_come_first_and_equals_by_address() -> None:
 def test_a_budget_buys_the_fullest() -> None:
     space = space_of(500, 510, 100, 512)
     report = carried_out(space, max_bloat=14 * 4096)
-    assert (report.collapsed, report.over_budget) == (3, 1)
+    assert (report.ranges.made, report.ranges.over_budget) == (3, 1)
     assert report.filled_bytes == 14 * 4096
     assert not report.complete
     assert carried_out(space_of(500, 510, 100, 512), max_bloat=14 * 4096 - 1).filled_bytes == 2 * 4096
@@ -174,14 +180,14 @@ def test_a_budget_buys_the_fullest() -> None:
 
 def test_a_budget_of_nothing_collapses_what_is_full() -> None:
     report = carried_out(space_of(511, 512, 512), max_bloat=0)
-    assert (report.collapsed, report.over_budget, report.filled_bytes) == (2, 1, 0)
+    assert (report.ranges.made, report.ranges.over_budget, report.filled_bytes) == (2, 1, 0)
 
 
 def test_zero_pages_are_filled_and_swapped_pages_are_not() -> None:
     runs = page_runs((300, Pte.PRESENT, 0), (100, Pte.PRESENT | Pte.ZERO, 0), (60, Pte.SWAP, -1), (52, 0, ORDER_NONE))
     space = FakeSpace([(Vma(BASE, BASE + X86_64.pmd_size, "rw-p"), *runs)])
     report = carried_out(space)
-    assert report.collapsed == 1
+    assert report.ranges.made == 1
     assert report.filled_bytes == 152 * 4096
     assert report.copied_bytes == 360 * 4096
 
@@ -190,14 +196,14 @@ def test_what_failed_costs_no_budget() -> None:
     # The first fails, so its bloat budget is free for the second.
     space = space_of(500, 500, fails={BASE: ScanResult.PAGE_COUNT})
     report = carried_out(space, max_bloat=12 * 4096)
-    assert (report.collapsed, report.over_budget) == (1, 0)
-    assert report.failed == {ScanResult.PAGE_COUNT: 1}
+    assert (report.ranges.made, report.ranges.over_budget) == (1, 0)
+    assert report.ranges.failed_by_result == {ScanResult.PAGE_COUNT: 1}
 
 
 def test_a_success_that_cannot_be_seen_is_no_success() -> None:
     report = carried_out(space_of(512, 512, fails={BASE: ScanResult.SUCCEED}))
-    assert report.collapsed == 1
-    assert report.failed == {ScanResult.PTE_NON_PRESENT: 1}
+    assert report.ranges.made == 1
+    assert report.ranges.failed_by_result == {ScanResult.PTE_NON_PRESENT: 1}
 
 
 class Restless(FakeSpace):
@@ -223,9 +229,9 @@ def test_what_changed_since_the_plan_is_seen() -> None:
     space = space_of(512, 512, 100, 512, cls=Restless)
     report = carried_out(space)
     assert planned_ranges(report) == 4
-    assert report.unchanged == 1
-    assert report.failed == {ScanResult.NO_PTE_TABLE: 1}
-    assert report.collapsed == 2
+    assert report.ranges.unchanged == 1
+    assert report.ranges.failed_by_result == {ScanResult.NO_PTE_TABLE: 1}
+    assert report.ranges.made == 2
     assert report.filled_bytes == 312 * 4096
     assert [address for address, _ in space.attempts] == [BASE + 3 * X86_64.pmd_size, BASE + 2 * X86_64.pmd_size]
 
@@ -235,7 +241,7 @@ def test_it_stops_when_told(after: int) -> None:
     stops = iter([*[False] * after, *[True] * 9])
     space = space_of(*[512] * 5)
     report = carried_out(space, lambda: next(stops))
-    assert (report.collapsed, report.not_tried) == (after, 5 - after)
+    assert (report.ranges.made, report.ranges.not_tried) == (after, 5 - after)
     assert len(space.attempts) == after
     assert report.interrupted == (after < 5)
     assert report.complete == (after == 5)
@@ -252,14 +258,14 @@ def test_a_dry_run_changes_nothing() -> None:
     assert (after.folio_order == before.folio_order).all()
     assert report.dry_run
     assert report.complete
-    assert (report.collapsed, report.filled_bytes, report.elapsed) == (0, 0, 0.0)
+    assert (report.ranges.made, report.filled_bytes, report.elapsed) == (0, 0, 0.0)
     assert report.coverage == report.plan.coverage == 512 / (512 + 100 + 512)
 
 
 def test_a_second_run_finds_nothing_left() -> None:
     space = space_of(512, 400, -1)
     first = carried_out(space)
-    assert (first.collapsed, first.complete, first.coverage) == (2, True, 1.0)
+    assert (first.ranges.made, first.complete, first.coverage) == (2, True, 1.0)
     second = carried_out(space)
     assert accounted(second) == planned_ranges(second) == 0
     assert second.complete
@@ -282,7 +288,7 @@ def test_smaller_folios_are_left_where_only_the_kernels_call_is_allowed() -> Non
     report = carried_out(space, policy="mainline", max_ptes_none=0, mechanism="madvise")
     assert report.needs_move == {6: 1}
     assert report.folios == {}
-    assert report.collapsed == 1
+    assert report.ranges.made == 1
     assert not report.complete
     assert [order for _, order in space.attempts] == [9]
     assert carried_out(space_of(512, 64), policy="mainline", max_ptes_none=0, orders="2M").complete
@@ -322,8 +328,8 @@ def test_what_goes_wrong_in_the_middle_does_not_lose_the_report() -> None:
             return super().attempt(address, order)
 
     report = carried_out(space_of(512, 512, 512, 512, cls=LosesRights))
-    assert (report.collapsed, report.not_tried) == (2, 1)
-    assert report.failed == {ScanResult.FAIL: 1}
+    assert (report.ranges.made, report.ranges.not_tried) == (2, 1)
+    assert report.ranges.failed_by_result == {ScanResult.FAIL: 1}
     assert report.error is not None
     assert report.error.help == "CAP_SYS_NICE"
     assert not report.complete
@@ -396,7 +402,7 @@ def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> N
     space = timed(clock, *[512] * 100)
     start = clock.time
     report = carried_out(space, rate=rate)
-    assert report.collapsed == 100
+    assert report.ranges.made == 100
     burst = BYTES_BURST_SECONDS * rate + max(X86_64.pmd_size, work.PACE * rate)
     for done, began in enumerate(space.began):
         assert done * X86_64.pmd_size <= rate * (began - start) + burst
@@ -426,7 +432,7 @@ def test_a_long_rest_ends_when_it_is_told_to_stop(clock: Clock) -> None:
     started = clock.time
     report = carried_out(timed(clock, 512, 512, 512), stop=lambda: clock.time > started + 5, rate=1)
     assert report.interrupted
-    assert (report.collapsed, report.not_tried) == (1, 2)
+    assert (report.ranges.made, report.ranges.not_tried) == (1, 2)
     assert clock.time - started < 6
 
 
@@ -434,7 +440,7 @@ def test_after_a_rest_the_pages_are_looked_at_anew(clock: Clock) -> None:
     space = timed(clock, 512, 510)
     clock.meanwhile = lambda: space.write(BASE + X86_64.pmd_size, 0, ORDER_NONE, pages=500)
     report = carried_out(space, rate=X86_64.pmd_size, max_bloat=100 * 4096)
-    assert (report.collapsed, report.over_budget) == (1, 1)
+    assert (report.ranges.made, report.ranges.over_budget) == (1, 1)
     assert report.filled_bytes == 0
 
 
@@ -498,8 +504,8 @@ def test_the_same_run_again_has_the_same_end_whatever_its_limits_leave_alone() -
     options = PlanOptions(policy="pmd-only", max_ptes_none=0)
     space = space_of(512, 100)
     first, second = collapse_space(space, options), collapse_space(space, options)
-    assert (first.collapsed, first.complete) == (1, True)
-    assert (second.collapsed, second.complete, second.plan.finished) == (0, True, True)
+    assert (first.ranges.made, first.complete) == (1, True)
+    assert (second.ranges.made, second.complete, second.plan.finished) == (0, True, True)
 
 
 def test_a_limit_that_leaves_memory_alone_is_not_success() -> None:
@@ -522,6 +528,6 @@ def test_coverage_is_of_the_process_and_not_of_what_is_eligible() -> None:
         for at in range(100)
     ]
     report = carried_out(FakeSpace([heap, *tiny]))
-    assert report.collapsed == 2
+    assert report.ranges.made == 2
     assert report.coverage == report.plan.coverage_after == 1024 / (1535 + 1600)
     assert sum(left.resident for left in report.plan.left) == (511 + 1600) * 4096

@@ -59,7 +59,7 @@ def test_an_instance_plans_and_collapses_an_address_space() -> None:
     assert plan_space(space, options).folios_by_order == {9: 1}
     report = collapse_space(space, options, Means(max_bloat=None))
     assert report.plan.policy == "three-quarters"
-    assert (report.collapsed, report.filled_bytes) == (1, 112 * 4096)
+    assert (report.ranges.made, report.filled_bytes) == (1, 112 * 4096)
 
 
 def test_a_policy_must_say_its_limits() -> None:

@@ -79,9 +79,9 @@ def _print_ranges(out: Console, report: CollapseReport) -> None:
     geometry = report.plan.geometry
     pmd = geometry.label(geometry.pmd_order)
     rows = [
-        ["collapsed", str(report.collapsed), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"],
+        ["collapsed", str(report.ranges.made), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"],
         *_unchanged(report.ranges, "huge already"),
-        *([result.name, str(count), result.meaning] for result, count in report.failed.most_common()),
+        *([result.name, str(count), result.meaning] for result, count in report.ranges.failed_by_result.most_common()),
         *_left_alone(report, report.ranges),
     ]
     out.print(Table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
