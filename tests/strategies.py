@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.engine import policy
-from mthp.engine.occupancy import Planes
 from mthp.engine.plan import make_rules
+from mthp.engine.planes import Planes
 from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER, geometry_for_ptes
 from mthp.ptes import ORDER_NONE
 from mthp.tunables import Tunables

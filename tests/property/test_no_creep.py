@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mthp.engine.occupancy import Planes
 from mthp.engine.plan import make_rules, plan_planes
+from mthp.engine.planes import Planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import geometry_for_ptes

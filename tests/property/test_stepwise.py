@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import mthp
 from mthp.engine.bits import Bits
 from mthp.engine.checks import PolicyChecks, scan_results
-from mthp.engine.occupancy import Planes, Runs
+from mthp.engine.occupancy import Runs
+from mthp.engine.planes import Planes
 from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.engine.walk import Walk
 from mthp.geometry import GEOMETRIES

@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.bits import Bits
-from mthp.engine.occupancy import Planes
+from mthp.engine.planes import Planes
 from mthp.engine.policy import Limits, Policy, Rules
 from mthp.results import ScanResult
 
 T = TypeVar("T", bound=np.generic)
-
-_SHARED = ScanResult.EXCEED_SHARED_PTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +131,7 @@ def scan_results(
         if planes.droppable is not None:
             clean &= ~planes.droppable[rows, None]
         first.meet(_first_set(clean), ScanResult.PAGE_LAZYFREE)
-    # At one PTE the check made first wins, and the kernels differ in which of these two that is.
-    met = [(_exceeds(run.plane("shared") & occupied, np.full(len(rows), checks.limits.shared)), _SHARED)]
-    if checks.large is not None and planes.folio_order is not None:
-        large = run.of(planes.folio_order) >= checks.large
-        met.insert(0 if checks.large_first else 1, (_first_set(large & occupied), ScanResult.PTE_MAPPED_HUGEPAGE))
-    for positions, result in met:
+    for positions, result in _shared_and_large(planes, run, occupied, checks):
         first.meet(positions, result)
     guard = run.plane("guard") if checks.guard else np.zeros_like(swap)
     # Swap entries are read back before isolation reads the first PTE (__collapse_huge_page_swapin(), mm/khugepaged.c),
@@ -153,6 +146,19 @@ def scan_results(
         first.finish(lacking, ScanResult.LACK_REFERENCED_PAGE)
     first.finish(np.count_nonzero(guard, axis=1) > 0, ScanResult.FAIL)
     return first.result
+
+
+def _shared_and_large(
+    planes: Planes, run: _RunPlanes, occupied: Bits, checks: Checks
+) -> list[tuple[NDArray[np.intp], ScanResult]]:
+    """Return where too many shared pages and large folios are met, in the order in which the kernel checks a PTE."""
+    shared = run.plane("shared") & occupied
+    met = [(_exceeds(shared, np.full(len(shared), checks.limits.shared)), ScanResult.EXCEED_SHARED_PTE)]
+    if checks.large is not None and planes.folio_order is not None:
+        large = run.of(planes.folio_order) >= checks.large
+        # At one PTE the check made first wins, and the kernels differ in which of these two that is.
+        met.insert(0 if checks.large_first else 1, (_first_set(large & occupied), ScanResult.PTE_MAPPED_HUGEPAGE))
+    return met
 
 
 def _lacks_references(referenced: Bits, swap: Bits, with_swap: int) -> Bits:

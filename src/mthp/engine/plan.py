@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from mthp.eligibility import Trigger
 from mthp.engine.attempts import Attempts
 from mthp.engine.checks import PolicyChecks
-from mthp.engine.occupancy import Planes
+from mthp.engine.planes import PlaneArrays, Planes
 from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.walk import Walk
@@ -147,59 +147,31 @@ def plan_ranges(
     max_ptes_none: int | None = None,
     max_ptes_swap: int | None = None,
     max_ptes_shared: int | None = None,
-    zero: ArrayLike | None = None,
-    swap: ArrayLike | None = None,
-    guard: ArrayLike | None = None,
-    shared: ArrayLike | None = None,
-    lazyfree: ArrayLike | None = None,
-    uffd: ArrayLike | None = None,
-    unreferenced: ArrayLike | None = None,
-    folio_order: ArrayLike | None = None,
-    filled: ArrayLike | None = None,
-    pmd_mapped: ArrayLike | None = None,
-    uffd_armed: ArrayLike = False,
-    droppable: ArrayLike = False,
     geometry: Geometry | str | None = None,
     mthp_min_order: int | None = None,
+    **planes: Unpack[PlaneArrays],
 ) -> Plan:
     """Plan the collapse of some PMD ranges.
 
-    All planes have the shape (ranges, ptes_per_pmd), bool or integer, and are optional;
-    :class:`~mthp.engine.occupancy.Planes` defines each.
-
     Args:
-        present: the pages that are mapped.
+        present: the pages that are mapped: bool or integer, shape (ranges, ptes_per_pmd).
         policy: a policy's name, or a :class:`~mthp.engine.policy.Policy`.
         orders: the enabled orders (or sizes, as ``"64K,2M"``); by default all that anonymous memory can have.
         trigger: ``khugepaged``; or ``madvise``, which ignores limits and the enabled orders as MADV_COLLAPSE does.
         max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; by default the kernel's.
-        folio_order: int8; the order of the folio that each page lies in now.
-        pmd_mapped, uffd_armed, droppable: bool, shape (ranges,) or one for all.
         geometry: geometry of the machine, or its name; by default one with this number of PTEs in a PMD range.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
+        planes: other planes, as :class:`~mthp.engine.planes.Planes` defines them: ``zero``, ``swap``, ``guard``,
+            ``shared``, ``lazyfree``, ``uffd``, ``unreferenced`` and ``filled``, bool or integer and of the shape of
+            `present`; ``folio_order``, int8, the order of the folio that each page lies in now; ``pmd_mapped``,
+            ``uffd_armed`` and ``droppable``, bool, shape (ranges,) or one for all.
 
     Raises:
         UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, or planes
             with shapes that differ or contradict each other.
     """
-    planes = Planes.checked(
-        present,
-        {
-            "zero": zero,
-            "swap": swap,
-            "guard": guard,
-            "shared": shared,
-            "lazyfree": lazyfree,
-            "uffd": uffd,
-            "unreferenced": unreferenced,
-            "folio_order": folio_order,
-            "filled": filled,
-            "pmd_mapped": pmd_mapped,
-            "uffd_armed": uffd_armed,
-            "droppable": droppable,
-        },
-    )
-    ptes = planes.present.shape[1]
+    checked = Planes.checked(present, planes)
+    ptes = checked.present.shape[1]
     if geometry is None:
         geometry = geometry_for_ptes(ptes)
     elif isinstance(geometry, str):
@@ -214,7 +186,7 @@ def plan_ranges(
         tunables=Tunables.defaults(geometry).replaced(geometry, **limits),
         mthp_min_order=mthp_min_order,
     )
-    return plan_planes(planes, policy_named(policy), rules)
+    return plan_planes(checked, policy_named(policy), rules)
 
 
 def make_rules(

@@ -13,8 +13,8 @@ from mthp.addrspace import AddressSpace
 from mthp.eligibility import Trigger, eligibility
 from mthp.engine.bits import Bits
 from mthp.engine.filled import FilledPages
-from mthp.engine.occupancy import Planes, planes_of
 from mthp.engine.plan import make_rules
+from mthp.engine.planes import Planes, planes_of
 from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import MIN_ANON_ORDER, Geometry

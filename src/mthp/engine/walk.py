@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from mthp.engine.attempts import Attempts
 from mthp.engine.bits import PART_ORDER, Bits, repeated
 from mthp.engine.checks import Checks, PolicyChecks, scan_results
-from mthp.engine.occupancy import Occupancy, Planes, Runs
+from mthp.engine.occupancy import Occupancy, Runs
 from mthp.engine.pageorders import States, look_up_orders, states_of, write_orders
+from mthp.engine.planes import Planes
 from mthp.results import ScanResult
 
 REST_SHARE = 0.75

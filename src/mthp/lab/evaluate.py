@@ -9,7 +9,7 @@ has. Here memory is that of one moment, and every attempt succeeds that the PTEs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mthp.abilities import resident_bytes, zero_filled
 from mthp.addrspace import AddressSpace
 from mthp.engine.bits import Bits
-from mthp.engine.occupancy import Planes
+from mthp.engine.planes import Planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
@@ -30,6 +30,7 @@ from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
 from mthp.lab.scans import MAX_SCANS, Counts, counted, history, hot_share, scan_at
 from mthp.lab.splitting import trimmed
+from mthp.progress import Progress, Reading
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
 from mthp.trimming import TrimBy, Trimming
@@ -37,10 +38,6 @@ from mthp.vma import Vma
 
 BLOCK_RANGES = 512
 """PMD ranges per read: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
-
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) after every block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +178,7 @@ def evaluate(
         for places, members in work.items()
         for index, segments in enumerate(places)
     ]
-    size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
+    reading = Reading(progress, [segment for _, _, segments in todo for segment in segments])
     for members, index, segments in todo:
         # PMD ranges do not depend on each other. So each block is read once, and taken through all settings and scans
         # before the next is read: memory use depends on the size of a block, not of the target.
@@ -194,9 +191,7 @@ def evaluate(
                 before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
             for course in members:
                 course.add(planes, before, course.jobs[index].rules, hot, empty, by)
-            done += sum(end - start for start, end in block)
-            if progress is not None:
-                progress(done, size)
+            reading.has_read(block)
     longest = max((len(course.scans) for course in courses), default=0)
     heated = heat is not None and heat.spans > 0
     # A setting that settled earlier repeats its last state, so that all tables have the same rows.

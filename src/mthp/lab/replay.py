@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mthp.abilities import Accesses
 from mthp.addrspace import AddressSpace
-from mthp.engine.occupancy import Planes
+from mthp.engine.planes import Planes
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.lab.evaluate import BLOCK_RANGES
 from mthp.lab.makers import Maker

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.bits import Bits
-from mthp.engine.occupancy import Planes
 from mthp.engine.plan import plan_planes
+from mthp.engine.planes import Planes
 from mthp.engine.policy import Rules
 from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.bits import Bits
-from mthp.engine.occupancy import Planes
 from mthp.engine.plan import Plan
+from mthp.engine.planes import Planes
 from mthp.geometry import Geometry
 from mthp.trimming import SMALLEST_LARGE, TrimBy
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.bits import Bits, set_bits
-from mthp.engine.occupancy import Occupancy, Planes
+from mthp.engine.occupancy import Occupancy
+from mthp.engine.planes import Planes
 from mthp.engine.policy import BUILT_IN
 from mthp.engine.visited import Passage
 from mthp.ptes import Segment

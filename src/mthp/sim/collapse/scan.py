@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.eligibility import Trigger
-from mthp.engine.occupancy import Occupancy, Planes, planes_of
+from mthp.engine.occupancy import Occupancy
+from mthp.engine.planes import Planes, planes_of
 from mthp.engine.policy import BUILT_IN, Policy, Rules
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.collapse.fullness import Fullness

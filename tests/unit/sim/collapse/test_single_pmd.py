@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mthp.engine.occupancy import Occupancy, Planes
+from mthp.engine.occupancy import Occupancy
+from mthp.engine.planes import Planes
 from mthp.engine.policy import BUILT_IN, Rules
 from mthp.results import ScanResult
 from mthp.sim.collapse.fullness import Fullness
