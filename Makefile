@@ -9,12 +9,13 @@ RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 QUICK := $(if $(ALL),,--quick)
+ENGINE = $(shell for name in docker podman; do $$name info > /dev/null 2>&1 && echo $$name && break; done)
 
 # Images of Python often set this. Each of the hundreds of interpreters that tests start would then compile mthp again,
 # and pytest every test.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types docs picture man changelog dist deb deb-check image bench vm vm-fuzz clean
+.PHONY: demo test lint types docs picture man changelog dist deb deb-check image image-check bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
@@ -57,9 +58,12 @@ deb: $(STAMP)  ## a package for Debian 12 and later, in dist
 deb-check: deb  ## install that package in a bare Debian 12 and 13, and run it there (takes root, debootstrap and a mirror)
 	for suite in bookworm trixie; do packaging/check_deb.sh $$(ls -t dist/*.deb | head -n 1) $$suite || exit 1; done
 
-image: ## a container image called mthp, with the version as a tag, by docker or podman
-	$(or $(shell command -v docker || command -v podman),$(error there is neither docker nor podman)) build \
+image:  ## a container image called mthp, with the version as a tag, by docker or podman: the first that works
+	$(or $(ENGINE),$(error neither docker nor podman works here: start one, or name it: make image ENGINE=podman)) build \
 	  -f packaging/container/Containerfile -t mthp -t mthp:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/mthp/__init__.py) .
+
+image-check: image  ## run the image, and collapse the memory of a process of this host from it (takes root)
+	packaging/check_image.sh mthp '$(ENGINE)'
 
 bench: $(STAMP)  ## every figure, as a ratio against a peer measured in the same run
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
