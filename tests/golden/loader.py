@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,23 +127,23 @@ class Case:
 
     def planes(self) -> dict[str, NDArray[Any]]:
         """Return the planes of ``mthp.plan_ranges`` for `before`: bool, and int8 for folio_order, each (1, N)."""
-        states = self.before
-        flags = list(_expanded(self.raw["before_flags"])) if "before_flags" in self.raw else ["r"] * len(states)
-        orders = [int(state.partition(":")[2] or 0) for state in states]
+        states = self.raw["before"]
+        flags = self.raw.get("before_flags", [["r", self.geometry.ptes_per_pmd]])
 
-        def plane(chosen: Iterator[bool]) -> NDArray[np.bool_]:
-            return np.fromiter(chosen, dtype=np.bool_).reshape(1, -1)
+        def plane(runs: Runs, chosen: Callable[[str], object]) -> NDArray[np.bool_]:
+            return np.repeat([bool(chosen(value)) for value, _ in runs], [count for _, count in runs])[None]
 
+        orders = np.repeat([int(state.partition(":")[2] or 0) for state, _ in states], [count for _, count in states])
         return {
-            "present": plane(state not in _SWAP and state != "none" for state in states),
-            "zero": plane(state in _ZERO for state in states),
-            "swap": plane(state in _SWAP for state in states),
-            "guard": plane(state == "guard" for state in states),
-            "uffd": plane(state in _UFFD for state in states),
-            "shared": plane(iter(_shared(flags, orders))),
-            "lazyfree": plane("l" in flag and state == "lazyfree" for state, flag in zip(states, flags, strict=True)),
-            "unreferenced": plane("r" not in flag for flag in flags),
-            "folio_order": np.array([orders], dtype=np.int8),
+            "present": plane(states, lambda state: state not in _SWAP and state != "none"),
+            "zero": plane(states, lambda state: state in _ZERO),
+            "swap": plane(states, lambda state: state in _SWAP),
+            "guard": plane(states, lambda state: state == "guard"),
+            "uffd": plane(states, lambda state: state in _UFFD),
+            "shared": _shared(plane(flags, lambda letters: "s" in letters)[0], orders)[None],
+            "lazyfree": plane(states, lambda state: state == "lazyfree") & plane(flags, lambda letters: "l" in letters),
+            "unreferenced": plane(flags, lambda letters: "r" not in letters),
+            "folio_order": orders.astype(np.int8)[None],
         }
 
 
@@ -154,18 +154,17 @@ def load(name: str) -> list[Case]:
     return [Case(raw["id"], raw) for raw in raws]
 
 
-def _shared(flags: list[str], orders: list[int]) -> list[bool]:
+def _shared(pages: NDArray[np.bool_], orders: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which pages lie in a folio that another mm maps.
 
     The recorded flag is that of the page alone. The kernel asks the folio (folio_maybe_mapped_shared), so one page
     that a child kept makes every page of a large folio shared. Large folios were faulted in, and so lie aligned.
     """
-    shared = ["s" in flag for flag in flags]
-    for i, order in enumerate(orders):
-        if shared[i] and order:
-            first = i >> order << order
-            for j in range(first, first + (1 << order)):
-                shared[j] = shared[j] or orders[j] == order
+    shared = pages.copy()
+    for i in np.flatnonzero(pages & (orders > 0)).tolist():
+        order = int(orders[i])
+        folio = slice(i >> order << order, (i >> order << order) + (1 << order))
+        shared[folio] |= orders[folio] == order
     return shared
 
 

@@ -96,7 +96,8 @@ class Attempt:
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
         """Allocate a folio for the run, on a node with most pages of the PMD range; return it, or why not."""
         # Every node with as many pages as the best one (collapse_find_target_node()).
-        nodes = np.flatnonzero(node_load == node_load.max()).tolist()
+        loads = node_load.tolist()
+        nodes = [node for node, load in enumerate(loads) if load == max(loads)]
         # MADV_COLLAPSE always may (GFP_TRANSHUGE in alloc_charge_folio()).
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)

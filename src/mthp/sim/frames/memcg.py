@@ -88,6 +88,8 @@ class Cgroups:
 
     def try_charge(self, cgroup: int, frames: int) -> bool:
         """Charge `frames` frames, unless that would exceed a limit; return whether they were charged."""
+        if cgroup == ROOT:
+            return True
         if frames > self.room(cgroup):
             return False
         self.usage[self.lineage(cgroup)] += frames

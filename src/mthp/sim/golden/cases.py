@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -76,6 +76,11 @@ def expanded(runs: Runs) -> list[Any]:
     return [value for value, count in runs for _ in range(count)]
 
 
+def _mask(runs: Runs, test: Callable[[Any], bool]) -> NDArray[np.bool_]:
+    """Return which values of run lengths pass a test, which is made once a run: bool, shape (values,)."""
+    return np.repeat([test(value) for value, _ in runs], [count for _, count in runs])
+
+
 @dataclass(frozen=True)
 class ScanRecord:
     """The record of a full scan, or of a call of MADV_COLLAPSE.
@@ -101,9 +106,9 @@ class Case:
         orders: enabled orders.
         tunables: tunables, with the case's limits.
         vma: words of the mapping.
-        kinds: str, shape (ptes_per_pmd,): kind of each entry.
-        folio_orders: int, same shape: order of the large folio that the entry is a part of.
-        letters: letters recorded for each page.
+        kinds: run lengths of the kinds of the entries.
+        folio_orders: int64, shape (ptes_per_pmd,): order of the large folio that the entry is a part of.
+        letters: run lengths of the letters recorded for the pages.
         slots: int64, same shape: swap slot of each entry that has one, else 0.
         intact: whether the contents were found unchanged.
         calls: calls of the passes; empty if each is a scan, or MADV_COLLAPSE.
@@ -118,17 +123,21 @@ class Case:
     orders: tuple[int, ...]
     tunables: Tunables
     vma: tuple[str, ...]
-    kinds: NDArray[np.str_]
+    kinds: Runs
     folio_orders: NDArray[np.int64]
-    letters: list[str]
+    letters: Runs
     slots: NDArray[np.int64]
     intact: bool
     passes: tuple[ScanRecord, ...]
     calls: tuple[Call, ...] = ()
 
+    def are(self, kinds: Collection[str]) -> NDArray[np.bool_]:
+        """Return which entries are of one of these kinds: bool, shape (ptes_per_pmd,)."""
+        return _mask(self.kinds, lambda kind: kind in kinds)
+
     def seen(self, letter: str) -> NDArray[np.bool_]:
         """Return which entries were recorded with a letter: bool, shape (ptes_per_pmd,)."""
-        return np.array([letter in letters for letters in self.letters], np.bool_)
+        return _mask(self.letters, lambda letters: letter in letters)
 
 
 EVENT_WORDS = {"isolate": 6, "collapse": 4, "swapin": 5}
@@ -214,13 +223,16 @@ def case_of(raw: dict[str, Any]) -> Case:
 def _case(raw: dict[str, Any]) -> Case:
     geometry = geometry_named(str(raw["geometry"])) if raw.get("geometry") is not None else X86_64
     n = geometry.ptes_per_pmd
-    states = [_word(raw, "before", state) for state in _expanded(raw, "before", n)]
-    kinds, orders = zip(*(_kind(state, geometry.pmd_order) for state in states), strict=True)
+    states = [
+        (*_kind(_word(raw, "before", state), geometry.pmd_order), count)
+        for state, count in _sized_runs(raw, "before", n)
+    ]
+    kinds = [[kind, count] for kind, _, count in states]
     vma = _words(raw, "vma", VMA_WORDS)
     if raw.get("before_flags") is not None:
-        letters = [_word(raw, "before_flags", value) for value in _expanded(raw, "before_flags", n)]
+        letters = [[_word(raw, "before_flags", value), count] for value, count in _sized_runs(raw, "before_flags", n)]
     else:
-        letters = [_LETTERS.get(kind, "r") + ("l" if "droppable" in vma else "") for kind in kinds]
+        letters = [[_LETTERS.get(kind, "r") + ("l" if "droppable" in vma else ""), count] for kind, count in kinds]
     trigger = raw["trigger"]
     if trigger not in TRIGGERS:
         raise _wrong("trigger", trigger, f"use {' or '.join(TRIGGERS)}")
@@ -238,10 +250,10 @@ def _case(raw: dict[str, Any]) -> Case:
             geometry, **{name: _number(raw, name, raw[name]) for name in LIMITS}
         ),
         vma=vma,
-        kinds=np.array(kinds),
-        folio_orders=np.array(orders, np.int64),
+        kinds=kinds,
+        folio_orders=np.repeat([order for _, order, _ in states], [count for *_, count in states]),
         letters=letters,
-        slots=_slots(raw, np.array(kinds)),
+        slots=_slots(raw, _mask(kinds, lambda kind: kind in SWAPPED or kind == "swapcache")),
         intact=raw.get("data_intact") is not False,
         passes=(passes := _passes(raw, n)),
         calls=_calls(raw, n, len(passes)) if trigger in ("split", "trim") else (),
@@ -290,21 +302,17 @@ def _release(kernel: Any) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def _runs(raw: dict[str, Any], key: str) -> Runs:
-    """Return run lengths as written: [value, count] each."""
-    runs = _list(raw, key)
+def _sized_runs(raw: dict[str, Any], key: str, size: int) -> Runs:
+    """Return run lengths as written, [value, count] each, that cover a PMD range of `size` entries."""
+    runs, entries = _list(raw, key), 0
     for run in runs:
         if not isinstance(run, list) or len(run) != 2 or not isinstance(run[1], int) or run[1] < 1:
             raise _wrong(key, run, "it is a list of [value, count]")
-    return runs
-
-
-def _expanded(raw: dict[str, Any], key: str, size: int) -> list[Any]:
-    """Return one value for each entry of a PMD range, from run lengths."""
-    runs = _runs(raw, key)
-    if (entries := sum(count for _, count in runs)) != size:
+        entries += run[1]
+    # Before anything is expanded: a run may be as long as a number can be written.
+    if entries != size:
         raise UsageError(f"{key} has {entries} entries, a PMD range has {size}")
-    return expanded(runs)
+    return runs
 
 
 def _kind(state: str, pmd_order: int) -> tuple[str, int]:
@@ -331,15 +339,18 @@ def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
     return tuple(calls)
 
 
-def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
-    """Return the swap slot of each entry: recorded, or, if it needs one, behind the recorded ones; else 0."""
-    slots = np.zeros(len(kinds), np.int64)
-    needed = np.isin(kinds, [*SWAPPED, "swapcache"])
+def _slots(raw: dict[str, Any], needed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the swap slot of each entry: recorded, or, if it needs one, behind the recorded ones; else 0.
+
+    Args:
+        needed: bool, shape (ptes_per_pmd,): which entries need one.
+    """
+    slots = np.zeros(len(needed), np.int64)
     for run in _list(raw, "swap_offsets"):
         if not isinstance(run, list) or len(run) != 3:
             raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
         first, slot, count = (_number(raw, "swap_offsets", value) for value in run)
-        if not (0 <= first < first + count <= len(kinds) and 0 < slot <= MAX_SLOT):
+        if not (0 <= first < first + count <= len(needed) and 0 < slot <= MAX_SLOT):
             raise _wrong("swap_offsets", run)
         slots[first : first + count] = np.arange(slot, slot + count)
     slots[~needed] = 0
@@ -358,22 +369,20 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[ScanRecord, ...]:
     if not recorded:
         # The values of the first pass are also at the top of the case, and sometimes only there.
         recorded = [{key: raw[key] for key in ("scan_result", "stats") if key in raw}]
-    _expanded(raw, "after", n)
     # The state after a pass is recorded only where it differs from the one before.
-    orders, passes = _runs(raw, "after"), []
+    orders, passes = _sized_runs(raw, "after", n), []
     for number, seen in enumerate(recorded, 1):
         if not isinstance(seen, dict):
             raise _wrong(f"passes[{number - 1}]", seen, "it is an object")
         if raw.get(f"after_pass{number}") is not None:
-            _expanded(raw, f"after_pass{number}", n)
-            orders = _runs(raw, f"after_pass{number}")
+            orders = _sized_runs(raw, f"after_pass{number}", n)
         if (stats := seen.get("stats")) is not None and (
             not isinstance(stats, dict) or not all(isinstance(by, int) for by in stats.values())
         ):
             raise _wrong("stats", stats, "it is an object of numbers")
-        # One value for each entry, or none at all: a run may be as long as a number can be written.
+        # One value for each entry, or none at all.
         for name, check in (("flags", _word), ("moved", _number)):
-            for value in _expanded(seen, name, n) if seen.get(name) is not None else ():
+            for value, _ in _sized_runs(seen, name, n) if seen.get(name) is not None else ():
                 check(seen, name, value)
         if not isinstance(seen.get("scan") or {}, dict):
             raise _wrong("scan", seen["scan"], "it is an object")

@@ -135,7 +135,7 @@ class Stage:
     def _space(self, flags: set[str]) -> Mm:
         mm = self.machine.create_mm()
         # A mapping that was only read has no anon_vma, and is not collapsed.
-        written = not _NEVER_WRITTEN.issuperset(self._case.kinds)
+        written = not _NEVER_WRITTEN.issuperset(kind for kind, _ in self._case.kinds)
         self.machine.map(mm, self.start, self.start + self.machine.geometry.pmd_size, flags=flags, anon_vma=written)
         return mm
 
@@ -144,13 +144,14 @@ class Stage:
 
     def _are(self, *kinds: str) -> NDArray[np.bool_]:
         """Return which entries are of one of these kinds: bool, shape (pages,)."""
-        return np.isin(self._case.kinds, kinds)
+        return self._case.are(kinds)
 
     # Building.
 
     def _build(self) -> None:
         ptes = self._ptes(self.mm)
-        ptes.bits[:] = [_ENTRIES[kind] for kind in self._case.kinds]
+        kinds, counts = zip(*self._case.kinds, strict=True)
+        ptes.bits[:] = np.repeat([_ENTRIES[kind] for kind in kinds], counts)
         ptes.bits[self._writable()] |= P.WRITE
         self._build_swapped(ptes, np.flatnonzero(self._are(*SWAPPED)))
         small = np.flatnonzero(self._are(*SMALL))
