@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mthp.addrspace import AddressSpace
@@ -292,23 +291,12 @@ def refuse_ancestor(target: Target) -> None:
     Raises:
         UsageError: `target` is an ancestor of this process.
     """
-    pid = pid_of(target)
-    parent = os.getppid()
+    from mthp.linux.process import ancestors
+
     # Up to the first process, because any of them may hold the terminal that this one writes to.
-    while parent > 0:
-        if parent == pid:
-            raise UsageError(
-                f"process {pid} is an ancestor of this mthp (its shell, terminal or service manager)",
-                help="start mthp from elsewhere, for example from another terminal, to collapse this process",
-            )
-        parent = _parent_of(parent)
-
-
-def _parent_of(pid: int) -> int:
-    """Return the parent's PID; 0 for the first process, and for one that is gone or hidden."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return 0
-    # The name in parentheses may contain anything. The rest does not: state, then the parent (proc_pid_stat(5)).
-    return int(stat.rpartition(")")[2].split()[1])
+    pid = pid_of(target)
+    if pid is not None and pid in ancestors():
+        raise UsageError(
+            f"process {pid} is an ancestor of this mthp (its shell, terminal or service manager)",
+            help="start mthp from elsewhere, for example from another terminal, to collapse this process",
+        )

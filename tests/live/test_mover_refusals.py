@@ -240,9 +240,7 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rights over it, only its number is checked."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
-        init = process_refusals._init(
-            process_refusals._Target(space.process, space.geometry, USUAL_MEANS, Path("/proc"))
-        )
+        init = process_refusals._init(process_refusals._Target(space.process, space.geometry, USUAL_MEANS))
         assert init is not None
         assert init.key == "init"
         monkeypatch.undo()

@@ -17,7 +17,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from mthp.daemon.loop import Loop
 from mthp.daemon.rules import Rule
@@ -25,8 +24,8 @@ from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError
 from mthp.linux.facts import FactsReader
-from mthp.linux.process import Process, ProcStat
-from mthp.linux.procevents import Changes, list_pids, open_events
+from mthp.linux.process import Process, ancestors, list_pids
+from mthp.linux.procevents import Changes, open_events
 from mthp.naming import ProcessFacts
 from mthp.pacing import Clock
 
@@ -64,7 +63,8 @@ class Finder:
         self._say = worker.environment.say
         self._known: dict[int, int] = {}
         self._named: dict[int, int] = {}
-        self._ancestors = _ancestors()
+        # Left alone, because the daemon would wait for itself.
+        self._depends_on = frozenset((os.getpid(), *ancestors()))
         self._facts = FactsReader()
         self._nursery = Nursery(self._tick)
         self._changes, hint = open_events()
@@ -169,7 +169,7 @@ class Finder:
             # A rule that names a PID means the process that had it when the rules were read, and not a later one.
             was_named = self._named.get(pid) == facts.starttime
             rule = rules.rule_for(facts if was_named else replace(facts, pid=NO_PID))
-            if rule is not None and (rule.deny or pid in self._ancestors):
+            if rule is not None and (rule.deny or pid in self._depends_on):
                 rule = None
             self._match(facts if rule is None else self._with_service(facts), rule)
 
@@ -220,19 +220,6 @@ class Finder:
         alive = target.process.is_alive()
         self._worker.drop(target)
         self._environment.event_of(target.facts, "left" if alive else "gone")
-
-
-def _ancestors() -> frozenset[int]:
-    """Return this process and its ancestors, which are left alone because the daemon would wait for itself."""
-    found: list[int] = []
-    pid = os.getpid()
-    while pid > 0:
-        found.append(pid)
-        try:
-            pid = ProcStat.parse(Path(f"/proc/{pid}/stat").read_bytes()).ppid
-        except OSError:
-            break
-    return frozenset(found)
 
 
 AT_A_TIME = 128

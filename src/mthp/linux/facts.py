@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mthp.linux import abi
 from mthp.linux.cgroups import Namespace
-from mthp.linux.process import ProcStat
+from mthp.linux.process import ProcStat, list_pids, status_fields
 from mthp.naming import ProcessFacts, comm_of, container_of
 
 PROC = "/proc"
@@ -114,8 +114,7 @@ class FactsReader:
 
     def pids(self) -> list[int]:
         """Return the PIDs of all processes at this moment, ascending."""
-        names = os.listdir(self._proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
-        return sorted(int(name) for name in names if name[0] in "123456789" and name.isdecimal())
+        return sorted(list_pids(self._proc))
 
     def read(self, pid: int, properties: Iterable[str]) -> ProcessFacts | None:
         """Return the facts of a process; None if it is gone, a zombie or a kernel thread.
@@ -154,10 +153,7 @@ class FactsReader:
 
 def _uid(directory: str) -> int:
     with open(f"{directory}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"Uid:"):
-                return int(line.split()[1])
-    return -1
+        return int(status_fields(file.read()).get("Uid", "-1").split()[0])
 
 
 def _exe(directory: str) -> str:

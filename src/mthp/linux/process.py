@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -211,7 +212,7 @@ class Process(Closing):
 
     def status(self, field: str) -> str | None:
         """Return one field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel lacks it."""
-        return _status_field(self.read("status"), field)
+        return status_fields(self.read("status")).get(field)
 
     def advise(self, address: int, size: int, advice: int) -> int:
         """Advise one range of its memory, by process_madvise(2), or by madvise(2) if it is this process.
@@ -295,7 +296,7 @@ def _no_process(pid: int) -> TargetVanishedError:
 
 def _thread_or_nothing(pid: int) -> MthpError:
     try:
-        owner = _status_field((_PROC / str(pid) / "status").read_bytes(), "Tgid")
+        owner = status_fields((_PROC / str(pid) / "status").read_bytes()).get("Tgid")
     except OSError:
         return _no_process(pid)
     if owner in (None, str(pid)):
@@ -303,9 +304,24 @@ def _thread_or_nothing(pid: int) -> MthpError:
     return UsageError(f"{pid} is a thread of process {owner}", help=f"use the PID {owner}")
 
 
-def _status_field(text: bytes, field: str) -> str | None:
-    for line in lines(text.decode(errors="replace")):
-        name, _, value = line.partition(":")
-        if name == field:
-            return value.strip()
-    return None
+def status_fields(text: bytes) -> dict[str, str]:
+    """Return the fields of a text of ``/proc/PID/status``, or of that of a thread (proc_pid_status(5))."""
+    pairs = (line.partition(":") for line in lines(text.decode(errors="replace")))
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def list_pids(proc: str = "/proc") -> list[int]:
+    """Return the PIDs of all processes at this moment, in no order."""
+    names = os.listdir(proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
+    return [int(name) for name in names if name[0] in "123456789" and name.isdecimal()]
+
+
+def ancestors() -> Iterator[int]:
+    """Yield the PIDs of the parent of this process, of its parent, and so on, as far as /proc shows them."""
+    pid = os.getppid()
+    while pid > 0:
+        yield pid
+        try:
+            pid = ProcStat.parse((_PROC / str(pid) / "stat").read_bytes()).ppid
+        except OSError:
+            return

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from mthp.errors import NotPermittedError, UnsupportedError
+from mthp.linux.process import list_pids
 
 SWEEP_SECONDS = 10.0
 """Seconds between two listings of all processes, where they have to be polled."""
@@ -272,12 +273,6 @@ class ProcPolling:
 
     def close(self) -> None:
         os.close(self._loadavg)
-
-
-def list_pids(proc: str = "/proc") -> list[int]:
-    """Return the PIDs of all processes at this moment, in no order."""
-    names = os.listdir(proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
-    return [int(name) for name in names if name[0] in "123456789" and name.isdecimal()]
 
 
 def open_events() -> tuple[ProcessEvents, str]:

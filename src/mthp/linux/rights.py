@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mthp.text import lines
+from mthp.linux.process import status_fields
 
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
@@ -37,13 +37,12 @@ class Rights:
     def read(cls, directory: Path) -> Rights:
         """Return those of the process with this directory in proc; none where it cannot be read."""
         try:
-            status = lines((directory / "status").read_bytes().decode(errors="replace"))
+            fields = status_fields((directory / "status").read_bytes())
             uid_map = (directory / "uid_map").read_text().split()
         except OSError:
             return cls(-1, 0, False)
-        fields = {name: words.split() for name, _, words in (line.partition(":") for line in status)}
         # The fourth is the filesystem UID, by which access to files and processes is checked (proc_pid_status(5)).
-        return cls(int(fields["Uid"][3]), int(fields["CapEff"][0], 16), uid_map == _EVERY_UID)
+        return cls(int(fields["Uid"].split()[3]), int(fields["CapEff"], 16), uid_map == _EVERY_UID)
 
     def has(self, capability: int) -> bool:
         """Return whether it has `capability`, perhaps only in its own user namespace."""

@@ -8,7 +8,7 @@ import pytest
 
 from mthp.linux.cgroups import CgroupMount, cgroup_directories
 from mthp.linux.mover.taskfiles import _namespace_tids
-from mthp.linux.process import _status_field
+from mthp.linux.process import status_fields
 from mthp.linux.procfs import shmem_devices
 from mthp.text import lines
 
@@ -19,7 +19,7 @@ ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 @pytest.mark.parametrize("end", ENDS)
 def test_a_name_is_not_taken_for_what_the_kernel_says(end: str) -> None:
     status = f"Name:\tx{end}Tgid:\t1\nUmask:\t0022\nTgid:\t77\nNSpid:\t77\n".encode()
-    assert _status_field(status, "Tgid") == "77"
+    assert status_fields(status)["Tgid"] == "77"
     assert _namespace_tids(f"Name:\tx{end}NSpid:\t1\nNSpid:\t77\t2\n".encode(), 77) == [77, 2]
     mount = "36 35 0:26 / /mnt" + end + "x rw - tmpfs tmpfs rw\n37 35 0:42 / /run rw - tmpfs tmpfs rw\n"
     assert shmem_devices(mount.encode()) == {"00:1a", "00:2a"}

@@ -12,7 +12,6 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.session import all_stopped, in_tracing_thread
 from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.tracee import CannotStopError
-from mthp.linux.process import Process
+from mthp.linux.process import Process, list_pids
 from mthp.linux.sysfs import ThpSysfs
 
 _MARK = slice(16, 48)
@@ -69,11 +68,11 @@ def find_leftovers(scratch_size: int) -> Iterator[Leftover]:
         scratch_size: size of the mover's scratch memory in bytes: a PMD range.
     """
     marks = (*_OLD_MARKS, *(by_name(name).code[_MARK] for name in MACHINES))
-    for path in Path("/proc").iterdir():
-        if not path.name.isdigit() or int(path.name) == os.getpid():
+    for pid in list_pids():
+        if pid == os.getpid():
             continue
         try:
-            with Process(int(path.name)) as process:
+            with Process(pid) as process:
                 yield from _leftovers_of(process, tuple(mark[:32] for mark in marks), scratch_size)
         except (MthpError, OSError):
             continue

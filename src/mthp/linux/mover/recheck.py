@@ -33,9 +33,8 @@ from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.refuse.block import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.refuse.sharing import last_pid, new_sharer
-from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
-from mthp.linux.process import Process
+from mthp.linux.process import Process, status_fields
 from mthp.movechecks import refuse_vma
 from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import ScanResult
@@ -113,13 +112,12 @@ class Recheck:
         return objections
 
     def _process_objection(self, before: Before) -> Objection | None:
-        status = self._process.read("status")
-        thread = Thread.parse(self._process.pid, status)
-        if thread.seccomp:
+        status = status_fields(self._process.read("status"))
+        if int(status.get("Seccomp", "0")):
             return Objection(ScanResult.FAIL, "the process filters its system calls now (seccomp)")
-        if b"\nTHP_enabled:\t0" in status:
+        if status.get("THP_enabled") == "0":
             return Objection(ScanResult.FAIL, "the process switched THP off for itself meanwhile (PR_SET_THP_DISABLE)")
-        if (at := status.find(b"\nVmPin:")) >= 0 and int(status[at + 7 : status.index(b"kB", at)]):
+        if int(status.get("VmPin", "0").split()[0]):
             return Objection(ScanResult.PAGE_COUNT, "the process pinned memory meanwhile (VmPin)")
         # PIDs are given out in order, and /proc/loadavg names the last one.
         newest = last_pid()

@@ -24,8 +24,7 @@ from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.taskfiles import read_task_file
 from mthp.linux.mover.tracee import Tracee, TraceeState
-from mthp.linux.process import Process
-from mthp.text import lines
+from mthp.linux.process import Process, status_fields
 
 TIMEOUT_NS = 10_000_000_000
 """Nanoseconds that a thread may take to get to its call. Only a busy machine, or a frozen cgroup, delays it."""
@@ -33,7 +32,6 @@ TIMEOUT_NS = 10_000_000_000
 SYSCALL_STOP = signal.SIGTRAP | 0x80
 """The stop at a system call, with PTRACE_O_TRACESYSGOOD."""
 
-_SIGNAL_SETS = (b"SigPnd:", b"ShdPnd:", b"SigCgt:")
 _QUEUED = ptrace.ALL_SIGNALS & -(1 << 33)
 """Real-time signals, from 34 on: the two before are the C library's own, and carry nothing (nptl(7))."""
 
@@ -116,8 +114,7 @@ def _hold(tid: int) -> None:
 
 def _is_to_be_held(frozen: Frozen, tid: int, mask: int) -> bool:
     """Return whether a signal outside `mask` is pending, or one may come that must keep its place in the queue."""
-    text = read_task_file(frozen.process, tid, "status") or b""
-    fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
-    pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)
+    fields = status_fields(read_task_file(frozen.process, tid, "status") or b"")
+    own, shared, caught = (int(fields.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd", "SigCgt"))
     # A real-time signal that is queued again comes behind later ones of its number: block it before it arrives.
-    return bool(pending & ~mask or fields.get(b"SigCgt:", 0) & _QUEUED)
+    return bool((own | shared) & ~mask or caught & _QUEUED)

@@ -10,8 +10,7 @@ import errno
 import os
 from dataclasses import dataclass
 
-from mthp.linux.process import Process
-from mthp.text import lines
+from mthp.linux.process import Process, status_fields
 
 _GONE = (errno.ENOENT, errno.ESRCH)
 _READ_SIZE = 1 << 16
@@ -38,8 +37,7 @@ class Thread:
     @classmethod
     def parse(cls, tid: int, text: bytes) -> Thread:
         """Read the text of a status file; a kernel without seccomp has no line for it."""
-        pairs = (line.partition(":") for line in lines(text.decode(errors="replace")))
-        fields = {name: value.strip() for name, _, value in pairs}
+        fields = status_fields(text)
         return cls(
             tid=tid,
             comm=fields["Name"],
@@ -101,5 +99,4 @@ def inner_tids(process: Process, tids: list[int]) -> list[int]:
 
 
 def _namespace_tids(status: bytes, tid: int) -> list[int]:
-    found = (line for line in lines(status) if line.startswith(b"NSpid:"))
-    return [int(word) for word in next(found, b"").split()[1:]] or [tid]
+    return [int(word) for word in status_fields(status).get("NSpid", "").split()] or [tid]

@@ -29,7 +29,7 @@ from mthp.linux.mover.refuse.sharing import refuse_sharer
 from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
-from mthp.linux.process import Process
+from mthp.linux.process import Process, ancestors
 from mthp.means import USUAL_MEANS, Means, most_threads, price_of_moving
 from mthp.movechecks import Refusal
 from mthp.units import format_size
@@ -61,11 +61,10 @@ _MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
 class _Target:
     """The data that the checks use; each item is read once, when a check first needs it."""
 
-    def __init__(self, process: Process, geometry: Geometry, means: Means, proc: Path) -> None:
+    def __init__(self, process: Process, geometry: Geometry, means: Means) -> None:
         self.process = process
         self.geometry = geometry
         self.means = means
-        self.proc = proc
 
     @cached_property
     def threads(self) -> list[Thread]:
@@ -87,16 +86,13 @@ class _Target:
         return [file for directory in directories for file in open_files(self.process, directory)]
 
 
-def refuse_process(
-    process: Process, geometry: Geometry, means: Means = USUAL_MEANS, *, proc: Path = Path("/proc")
-) -> list[Refusal]:
+def refuse_process(process: Process, geometry: Geometry, means: Means = USUAL_MEANS) -> list[Refusal]:
     """Return the refusals of `process` at this moment; empty if it may be moved.
 
     Args:
         means: permitted costs for the target and the machine.
-        proc: directory from which the machine's memory is read.
     """
-    target = _Target(process, geometry, means, proc)
+    target = _Target(process, geometry, means)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
     if refusal := _not_permitted(target):
         # The other checks read files that these rights do not open.
@@ -130,21 +126,13 @@ def _init(target: _Target) -> Refusal | None:
 
 
 def _ancestor(target: _Target) -> Refusal | None:
-    pid = os.getpid()
-    while pid > 1:
-        try:
-            text = (target.proc / str(pid) / "stat").read_bytes()
-        except OSError:
-            return None
-        # The parent is the second field behind the name, which may contain any character (proc_pid_stat(5)).
-        pid = int(text[text.rindex(b")") + 2 :].split()[1])
-        if pid == target.process.pid:
-            return Refusal(
-                "ancestor",
-                "it started this process, which might wait for it while it is stopped",
-                "run mthp from another session",
-            )
-    return None
+    if target.process.pid not in ancestors():
+        return None
+    return Refusal(
+        "ancestor",
+        "it started this process, which might wait for it while it is stopped",
+        "run mthp from another session",
+    )
 
 
 def _machine(target: _Target) -> Refusal | None:
@@ -234,7 +222,7 @@ def _low_memory(target: _Target) -> Refusal | None:
     """Refuse if memory is short: a move briefly takes a second set of pages; the OOM killer might end the target."""
     membership = target.process.read("cgroup").decode(errors="replace")
     reserve = as_amount(target.means.reserve)
-    return low_memory(Room(lambda: memory_bounds(membership, target.proc), reserve), target.geometry)
+    return low_memory(Room(lambda: memory_bounds(membership), reserve), target.geometry)
 
 
 def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
@@ -247,7 +235,7 @@ def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
 def _frozen(target: _Target) -> Refusal | None:
     """Refuse frozen threads: they stop for a tracer, but run no code until they are thawed (do_freezer_trap)."""
     membership = target.process.read("cgroup").decode(errors="replace")
-    mounts = cgroup_mounts((target.proc / "self/mountinfo").read_text())
+    mounts = cgroup_mounts(Path("/proc/self/mountinfo").read_text())
     if not is_frozen(mounts, membership):
         return None
     return Refusal("frozen", "its cgroup is frozen, so it cannot run the code that moves its pages", "thaw it first")
@@ -354,7 +342,7 @@ def _aio(target: _Target) -> Refusal | None:
 
 
 def _sharer(target: _Target) -> Refusal | None:
-    return refuse_sharer(target.process, target.proc)
+    return refuse_sharer(target.process)
 
 
 def _padding(target: _Target) -> Refusal | None:

@@ -8,24 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
-from mthp.linux.process import Process
+from mthp.linux.process import Process, list_pids
 from mthp.movechecks import Refusal
 
 MAX_NEW_PROCESSES = 512
 """New PIDs that are compared one by one at most."""
 
 
-def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
+def refuse_sharer(process: Process) -> Refusal | None:
     """Return a refusal if another process shares the address space or the table of open files of `process`.
 
     The other process would go on running while `process` is stopped.
-
-    Args:
-        proc: directory of the processes.
     """
     pid = process.pid
     unknown = []
-    for other in (int(path.name) for path in proc.iterdir() if path.name.isdigit()):
+    for other in list_pids():
         if other == pid:
             continue
         answer = kcmp(pid, other, KCMP_VM)
@@ -39,9 +36,9 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
     if not unknown:
         return None
     # Processes in one address space have one size. Every user may read it, and kernel threads have none.
-    size = vm_size(proc, pid)
+    size = vm_size(pid)
     for other in unknown:
-        if size == vm_size(proc, other):
+        if size == vm_size(other):
             return Refusal(
                 "shared_vm_unknown",
                 f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
@@ -50,10 +47,10 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
     return None
 
 
-def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
+def vm_size(pid: int) -> tuple[bytes, ...]:
     """Return size, text and data in pages (proc_pid_statm(5))."""
     try:
-        words = (proc / str(pid) / "statm").read_bytes().split()
+        words = Path(f"/proc/{pid}/statm").read_bytes().split()
     except OSError:
         return ()
     return (words[0], words[3], words[5])
@@ -73,14 +70,14 @@ def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
         return False
     if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
         # The numbers wrapped, or are too many to compare one by one.
-        return any(_may_share(pid, int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
+        return any(_may_share(pid, other) for other in list_pids())
     return any(_may_share(pid, other) for other in range(last_then + 1, last_now + 1))
 
 
 def _may_share(pid: int, other: int) -> bool:
     answer = kcmp(pid, other, KCMP_VM)
     if answer is None:
-        return vm_size(Path("/proc"), pid) == vm_size(Path("/proc"), other)
+        return vm_size(pid) == vm_size(other)
     if answer and kcmp(pid, other, KCMP_FILES):
         return False
     try:
