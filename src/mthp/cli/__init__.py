@@ -100,12 +100,11 @@ def _put_back_leftovers() -> None:
         left = [root for root in all_roots() if has_entries(root)]
         if not left:
             return
-        from mthp.linux.journal.putback import restore
-        from mthp.linux.sysfs import THP_ROOT
+        from mthp.linux.journal.switches import SwitchJournal
 
         for root in left:
             try:
-                restored = restore(root, THP_ROOT, timeout=0)
+                restored = SwitchJournal(root, lock_timeout=0).restore_after_crash()
             except NotPermittedError as error:
                 _say(f"a killed mthp has left switches changed: {error.message}", "run `mthp doctor --restore` as root")
             except MthpError:

@@ -19,6 +19,7 @@ from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 from mthp.linux.headroom import free_memory, parse_meminfo
+from mthp.linux.kernelfiles import text_of
 from mthp.linux.memoryblocks import memory_blocks
 from mthp.pacing import Backoff, Clock
 
@@ -83,10 +84,7 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Shortage:
     # The top is the root cgroup, or a container's stand-in for a cgroup outside of it, so the machine's pressure
     # counts.
     pressure = _some_avg10(next((file for file in files if file.exists()), proc / "pressure/memory"))
-    try:
-        meminfo = (proc / "meminfo").read_text()
-    except OSError:
-        meminfo = ""
+    meminfo = text_of(proc / "meminfo") or ""
     available, total = (parse_meminfo(meminfo, name) for name in ("MemAvailable", "MemTotal"))
     return Shortage(pressure, available / total if available is not None and total else 1.0)
 
@@ -94,10 +92,7 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Shortage:
 @functools.cache
 def _mounts(proc: Path) -> tuple[CgroupMount, ...]:
     """Return the mounts of control groups, read once because on large machines the list of mounts is long."""
-    try:
-        return cgroup_mounts((proc / "self/mountinfo").read_text(errors="replace"))
-    except OSError:
-        return ()
+    return cgroup_mounts(text_of(proc / "self/mountinfo") or "")
 
 
 class FreeFolios:
@@ -165,10 +160,7 @@ class MachineReach:
 
     def _measured(self) -> dict[str, float]:
         free = free_memory(self._proc)
-        try:
-            meminfo = (self._proc / "meminfo").read_text()
-        except OSError:
-            return {}
+        meminfo = text_of(self._proc / "meminfo") or ""
         anonymous, huge = (parse_meminfo(meminfo, name) for name in ("AnonPages", "AnonHugePages"))
         if free is None or anonymous is None or huge is None:
             return {}
@@ -188,11 +180,7 @@ class MachineReach:
 
 def _some_avg10(path: Path) -> float:
     """Return the share of time in the line ``some avg10=1.23 ...``; 0.0 without such a line."""
-    try:
-        text = path.read_text()
-    except OSError:
-        return 0.0
-    for word in text.split():
+    for word in (text_of(path) or "").split():
         if word.startswith("avg10="):
             return float(word.removeprefix("avg10=")) / 100
     return 0.0

@@ -13,11 +13,12 @@ from pathlib import Path
 from mthp.budget import MACHINE, MemoryBound
 from mthp.freememory import FreeMemory, parse_free_memory
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
+from mthp.linux.kernelfiles import text_of
 
 
 def free_memory(proc: Path = Path("/proc")) -> FreeMemory | None:
     """Return the free memory of the machine; None if it cannot be seen."""
-    buddyinfo, zoneinfo = (_text(proc / name) for name in ("buddyinfo", "zoneinfo"))
+    buddyinfo, zoneinfo = (text_of(proc / name) for name in ("buddyinfo", "zoneinfo"))
     return parse_free_memory(buddyinfo, zoneinfo) if buddyinfo and zoneinfo else None
 
 
@@ -50,8 +51,8 @@ def memory_bounds(membership: str, proc: Path = Path("/proc")) -> list[MemoryBou
         membership: text of its ``/proc/PID/cgroup``.
         proc: mount point of proc, for the machine's memory and the mounts of this process.
     """
-    mounts = cgroup_mounts(_text(proc / "self/mountinfo"))
-    return [*machine_bounds(_text(proc / "meminfo")), *cgroup_bounds(mounts, membership)]
+    mounts = cgroup_mounts(text_of(proc / "self/mountinfo") or "")
+    return [*machine_bounds(text_of(proc / "meminfo") or ""), *cgroup_bounds(mounts, membership)]
 
 
 def machine_bounds(meminfo: str) -> list[MemoryBound]:
@@ -78,7 +79,7 @@ def cgroup_bounds(mounts: Sequence[CgroupMount], membership: str) -> Iterator[Me
 
 def _droppable(cgroup: Path) -> int:
     """Return the bytes of file memory that reclaim takes first: inactive and clean (memory.stat, cgroup-v2.rst)."""
-    words = _text(cgroup / "memory.stat").split()
+    words = (text_of(cgroup / "memory.stat") or "").split()
     counters = dict(zip(words[::2], words[1::2], strict=False))
 
     def bytes_of(name: str, name_v1: str) -> int:
@@ -87,10 +88,3 @@ def _droppable(cgroup: Path) -> int:
 
     unclean = bytes_of("file_dirty", "dirty") + bytes_of("file_writeback", "writeback")
     return max(0, bytes_of("inactive_file", "inactive_file") - unclean)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -19,6 +19,7 @@ import numpy as np
 from mthp.errors import TargetVanishedError
 from mthp.linux.heat import PATIENCE, anonymous_segments
 from mthp.linux.heat.frames import Frames, frames_of
+from mthp.linux.kernelfiles import text_of
 from mthp.linux.processspace import ProcessSpace
 from mthp.linux.tracepoints import Event, Tracepoints, read_formats, tracefs
 from mthp.ptes import Segment
@@ -180,10 +181,8 @@ class Threads:
         if not self._visible:
             return ""
         if tid not in self._names:
-            try:
-                name = (self._proc / str(tid) / "comm").read_text(errors="replace").rstrip("\n")
-            except OSError:
-                name = "a process that is gone"
+            comm = text_of(self._proc / str(tid) / "comm")
+            name = "a process that is gone" if comm is None else comm
             self._names[tid] = name if name == KHUGEPAGED else f"{name} ({tid})"
         return self._names[tid]
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.linux.kernelfiles import text_of
 from mthp.tunables import Switches, Tunables
 
 THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
@@ -42,7 +43,7 @@ class ThpSysfs:
 
     def text(self, path: str) -> str | None:
         """Return the text of a file below the directory, without its newline; None if it cannot be read."""
-        return _text(self.root / path)
+        return text_of(self.root / path)
 
     def geometry(self, page_size: int | None = None, machine: str | None = None) -> Geometry:
         """Return the geometry of this machine.
@@ -73,7 +74,7 @@ class ThpSysfs:
         """
         paths = [self.root / "enabled"]
         paths += [path / "enabled" for path in self.size_directories(geometry.page_size).values()]
-        texts = {str(path.relative_to(self.root)): text for path in paths if (text := _text(path)) is not None}
+        texts = {str(path.relative_to(self.root)): text for path in paths if (text := text_of(path)) is not None}
         return Switches.from_sysfs(texts, geometry)
 
     def tunables(self, geometry: Geometry) -> Tunables:
@@ -94,23 +95,16 @@ class ThpSysfs:
         counters: dict[int, dict[str, int]] = {}
         for order, path in self.size_directories(geometry.page_size).items():
             files = sorted((path / "stats").glob("*"))
-            values = {file.name: int(text) for file in files if (text := _text(file) or "").isdecimal()}
+            values = {file.name: int(text) for file in files if (text := text_of(file) or "").isdecimal()}
             if values:
                 counters[order] = values
         return counters
 
     def vmstat(self) -> dict[str, int]:
         """Return the ``thp_*`` counters of ``/proc/vmstat``, by name."""
-        lines = (_text(self.vmstat_path) or "").splitlines()
+        lines = (text_of(self.vmstat_path) or "").splitlines()
         pairs = (line.split() for line in lines if line.startswith("thp_"))
         return {name: int(value) for name, value in pairs}
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().rstrip("\n")
-    except OSError:
-        return None
 
 
 def _preset(machine: str, page_size: int) -> Geometry:

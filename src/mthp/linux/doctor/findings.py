@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from mthp.geometry import Geometry
+from mthp.linux.kernelfiles import text_of
 from mthp.linux.probes import Probed
 from mthp.linux.rights import Rights
 from mthp.linux.sysfs import ThpSysfs
@@ -96,10 +97,7 @@ class Facts:
 
     def text(self, path: str) -> str | None:
         """Return the text of a file of proc; None if it cannot be read."""
-        try:
-            return (self.proc / path).read_text(errors="replace").strip()
-        except OSError:
-            return None
+        return text_of(self.proc / path)
 
     @property
     def switched_off(self) -> bool:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.linux.kernelfiles import text_of
 
 INSTANCE = "damon"
 """The switch's name in the journal."""
@@ -47,14 +48,14 @@ def kdamonds_of(sysfs: Path) -> Path:
 
 def read_instance(kdamonds: Path) -> str | None:
     """Return the word of the switch; None without DAMON, or without the right to read it."""
-    number = _text(kdamonds / "nr_kdamonds")
+    number = text_of(kdamonds / "nr_kdamonds")
     if number in (None, NONE):
         return number
-    mark = _text(kdamonds / _MARK)
+    mark = text_of(kdamonds / _MARK)
     if number != "1":
         return TAKEN
-    unused = mark is None or (mark == _UNMARKED and _text(kdamonds / _TARGETS) == NONE)
-    if unused and _text(kdamonds / "0/state") == "off":
+    unused = mark is None or (mark == _UNMARKED and text_of(kdamonds / _TARGETS) == NONE)
+    if unused and text_of(kdamonds / "0/state") == "off":
         # Without a context, or with one that has no target: its program died between two writes.
         return NONE
     # Another program may have set its interval to 0, which must not pass for the word without an instance.
@@ -120,10 +121,3 @@ def write_setting(path: Path, text: str) -> None:
                 f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
             ) from error
         raise MthpError(f"{path}: {error.strerror}") from error
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().rstrip("\n")
-    except OSError:
-        return None

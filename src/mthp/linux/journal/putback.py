@@ -10,6 +10,7 @@ from pathlib import Path
 from mthp.errors import MthpError
 from mthp.linux.journal.instance import INSTANCE, kdamonds_of, read_instance, write_instance, write_setting
 from mthp.linux.journal.store import Change, JournalFiles, boot_id
+from mthp.linux.kernelfiles import text_of
 
 _CHOSEN = re.compile(r"\[(\w+)\]")
 
@@ -50,10 +51,7 @@ def read_word(sysfs: Path, switch: str) -> str | None:
     """
     if switch == INSTANCE:
         return read_instance(kdamonds_of(sysfs))
-    try:
-        text = (sysfs / switch).read_text().rstrip("\n")
-    except OSError:
-        return None
+    text = text_of(sysfs / switch) or ""
     # A switch shows all its words, with the chosen one in brackets; a tunable only its number.
     chosen = _CHOSEN.search(text)
     return chosen[1] if chosen else text if text.isdecimal() else None
@@ -129,24 +127,3 @@ def settle(
     restored = put_back(sysfs, [change for change in changes if change not in but and change not in held], write)
     files.write(held)
     return restored
-
-
-def restore(root: Path, sysfs: Path, timeout: float) -> list[Restored]:
-    """Put back the changes that dead runs left in the journal of the directory `root`, and return the results.
-
-    Args:
-        root: directory of the journal; it need not exist.
-        timeout: seconds to wait for open windows.
-
-    Raises:
-        NotPermittedError: these rights are not sufficient, or the directory has another owner.
-        MthpError: another process did not finish its window in time.
-    """
-    if not root.exists():
-        return []
-    files = JournalFiles(root, create=False)
-    try:
-        files.lock(timeout)
-        return settle(files, sysfs)
-    finally:
-        files.close()

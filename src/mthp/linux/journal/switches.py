@@ -59,7 +59,6 @@ class SwitchJournal:
         self._lock_timeout = lock_timeout
         self._watched = watched
         self._guard: Guard | None = None
-        self._watched = watched
         self._turn = threading.RLock()
         self._changes: list[Change] = []
         self._files: JournalFiles | None = None
@@ -193,10 +192,8 @@ class SwitchJournal:
             MthpError: another process did not finish its window in time.
         """
         with self._turn, interruptions_held_back():
-            if self._files is not None:
-                # In a window of this process, and its opening has put back all leftovers.
-                return []
-            if not (self._root or default_root()).exists():
+            # A window of this process has put back all leftovers when it was opened.
+            if self._files is not None or not (self._root or default_root()).exists():
                 return []
             restored = self._open(create=False)
             self._close()
@@ -241,7 +238,7 @@ class SwitchJournal:
         words = {
             other: (switch, found)
             for other, directory in self._sysfs.size_directories(page_size).items()
-            if (found := self._word(switch := f"{directory.name}/enabled")) is not None
+            if (found := read_word(self._sysfs.root, switch := f"{directory.name}/enabled")) is not None
         }
         if order not in words:
             raise UnsupportedError(
@@ -266,7 +263,7 @@ class SwitchJournal:
         boot = boot_id()
         changes = []
         for switch, word in wanted.items():
-            was = self._word(switch)
+            was = read_word(self._sysfs.root, switch)
             if was is None:
                 raise UnsupportedError(f"this kernel has no {switch}", help="Linux 7.2 or later has all of them")
             change = Change(switch, was, word, boot)
@@ -302,9 +299,6 @@ class SwitchJournal:
             # A process that kept something died in this window, and its watcher does not wait for the window's end.
             settle(self._files, self._sysfs.root, write=self._write)
             self._changes = self._files.read()
-
-    def _word(self, switch: str) -> str | None:
-        return read_word(self._sysfs.root, switch)
 
     def _write(self, switch: str, word: str) -> None:
         write_word(self._sysfs.root, switch, word)
