@@ -51,8 +51,14 @@ def space(puppet: Puppet) -> Iterator[LiveAddressSpace]:
         yield space
 
 
-def totals_at(space: LiveAddressSpace, address: int) -> procfs.SmapsTotals:
-    return next(totals for vma, totals in procfs.read_smaps(space.process) if vma.start <= address < vma.end)
+def size_at(space: LiveAddressSpace, address: int, name: str) -> int:
+    """Return a counter of the mapping at `address` in smaps, in bytes."""
+    found = (block for vma, block in procfs.read_smaps(space.process) if vma.start <= address < vma.end)
+    return size_in(next(found), name)
+
+
+def size_in(block: bytes, name: str) -> int:
+    return (procfs.number_in(block, f"\n{name}:".encode()) or 0) << 10
 
 
 def expect(columns: PteColumns, state: Pte, order: int, pages: slice = slice(None)) -> None:
@@ -76,9 +82,8 @@ def test_every_order_that_was_faulted_in_is_seen(
     for order, address in layout.items():
         columns = space.read([(address, address + 2 * PMD_SIZE)])
         expect(columns, Pte.PRESENT | (Pte.PMD_MAPPED if order == PMD_ORDER else Pte(0)), order)
-        totals = totals_at(space, address)
-        assert totals.rss == totals.anonymous == 2 * PMD_SIZE
-        assert totals.anon_huge_pages == (2 * PMD_SIZE if order == PMD_ORDER else 0)
+        assert size_at(space, address, "Rss") == size_at(space, address, "Anonymous") == 2 * PMD_SIZE
+        assert size_at(space, address, "AnonHugePages") == (2 * PMD_SIZE if order == PMD_ORDER else 0)
 
     # The same in one read, in another order, cut inside PMD ranges: orders do not depend on how reads are combined.
     cuts = [(address + 5 * PAGE, address + PMD_SIZE + 300 * PAGE) for address in reversed(layout.values())]
@@ -99,8 +104,8 @@ def test_a_split_huge_page_is_of_pmd_order_but_not_pmd_mapped(
     expect(columns, Pte.PRESENT | Pte.PMD_MAPPED, PMD_ORDER, slice(0, N))
     expect(columns, Pte.PRESENT, PMD_ORDER, slice(N, 2 * N))
     whole = sum(
-        totals.anon_huge_pages
-        for vma, totals in procfs.read_smaps(space.process)
+        procfs.pmd_mapped(block)
+        for vma, block in procfs.read_smaps(space.process)
         if address <= vma.start < address + 2 * PMD_SIZE
     )
     assert whole == columns.has(Pte.PMD_MAPPED).sum() * PAGE == PMD_SIZE
@@ -135,7 +140,7 @@ def test_lazily_freed_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
     columns = space.read([(address, address + PMD_SIZE)])
     lazy = np.flatnonzero(columns.has(Pte.LAZYFREE))
     assert lazy.tolist() == list(range(64, 192))
-    assert totals_at(space, address).lazyfree == 128 * PAGE
+    assert size_at(space, address, "LazyFree") == 128 * PAGE
 
 
 @pytest.mark.requires("mthp")
@@ -210,7 +215,7 @@ def test_swapped_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
     columns = space.read([(address, address + PMD_SIZE)])
     swapped = columns.has(Pte.SWAP)
     assert swapped.any()
-    assert swapped.sum() * PAGE == totals_at(space, address).swap
+    assert swapped.sum() * PAGE == size_at(space, address, "Swap")
     assert not (swapped & columns.has(Pte.PRESENT)).any()
 
 
@@ -228,13 +233,13 @@ def test_the_pages_of_every_mapping_add_up_to_what_smaps_counts(
 ) -> None:
     address = puppet.map(8 * PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(address, 3, 2 * N)
-    for vma, totals in procfs.read_smaps(space.process):
+    for vma, block in list(procfs.read_smaps(space.process)):
         columns = space.read([(vma.start, vma.end)])
         if vma.kind is VmaKind.SPECIAL:
             continue
         resident = columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
-        assert resident.sum() * PAGE == totals.rss, vma
+        assert resident.sum() * PAGE == size_in(block, "Rss"), vma
         huge = columns.has(Pte.PMD_MAPPED) & ~columns.has(Pte.ZERO) & ~columns.has(Pte.FILE)
-        assert huge.sum() * PAGE == totals.anon_huge_pages, vma
+        assert huge.sum() * PAGE == size_in(block, "AnonHugePages"), vma
         assert (columns.folio_order[columns.has(Pte.PRESENT)] >= 0).all(), vma
         assert (columns.folio_order[~columns.has(Pte.PRESENT)] == ORDER_NONE).all(), vma

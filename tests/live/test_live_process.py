@@ -217,8 +217,7 @@ def test_collapse_makes_one_huge_page(puppet: Puppet, thp_switches: ThpSwitches)
         outcome = space.collapse(address, order)
         assert (outcome.result, outcome.errno) == (ScanResult.SUCCEED, 0)
         assert outcome.elapsed_ns > 0
-        totals = next(totals for vma, totals in procfs.read_smaps(space.process) if vma.start == address)
-        assert totals.anon_huge_pages == PMD_SIZE
+        assert {vma.start: size for vma, size in procfs.read_pmd_mapped(space.process)}[address] == PMD_SIZE
         with pytest.raises(UsageError, match="order 1 "):
             space.collapse(address, 1)
         with pytest.raises(UsageError, match="aligned"):
@@ -413,8 +412,8 @@ def test_eligibility_is_what_the_kernel_says(puppet: Puppet, thp_switches: ThpSw
     puppet.write(advised)
     for pid in (puppet.pid, os.getpid()):
         with open_live(pid) as space:
-            for vma, totals in procfs.read_smaps(space.process):
+            for vma, block in list(procfs.read_smaps(space.process)):
                 if vma.kind in (VmaKind.FILE, VmaKind.SHMEM):
                     continue
                 ours = eligibility(vma, space.geometry, space.switches, thp_disabled=space.thp_disabled)
-                assert bool(ours) == totals.thp_eligible, (vma, ours)
+                assert bool(ours) == procfs.number_in(block, b"\nTHPeligible:"), (vma, ours)

@@ -12,6 +12,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.linux.process import Process
 from mthp.ptes import Pte, PteColumns, Segment
 
@@ -22,8 +23,8 @@ _GONE = frozenset({errno.EIO, errno.EFAULT, errno.ENOMEM})
 """Errors of pread of /proc/PID/mem for a page that is gone, or has a guard in its place."""
 
 
-class Contents:
-    """A reader of the contents of a process. Close it after use.
+class Contents(Closing):
+    """A reader of the contents of a process.
 
     Args:
         process: the process.
@@ -84,5 +85,4 @@ class Contents:
             self._process.fail(error, "its memory")
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._file)

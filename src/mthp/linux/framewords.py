@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.linux import abi
 
 KPAGECOUNT = "/proc/kpagecount"
@@ -38,7 +39,7 @@ Frames = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 
-class FrameWords:
+class FrameWords(Closing):
     """A reader of the words of frames. Several threads may use one at once.
 
     Args:
@@ -62,7 +63,6 @@ class FrameWords:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Close the file. Closing twice does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

@@ -181,11 +181,8 @@ class LiveAddressSpace(ProcessSpace):
             raise NotPermittedError("how often a page is mapped cannot be seen", help=NO_PFNS)
         counts = np.zeros(len(columns.pfn), np.int64)
         present = np.flatnonzero(columns.pfn)
-        reader = FrameWords(KPAGECOUNT)
-        try:
+        with FrameWords(KPAGECOUNT) as reader:
             counts[present] = reader.words(columns.pfn[present]).view(np.int64)
-        finally:
-            reader.close()
         return counts
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:

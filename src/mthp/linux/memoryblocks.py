@@ -81,7 +81,5 @@ def memory_blocks(
         reader = MemoryBlockReader(pmd_order, path)
     except OSError:
         return None
-    try:
+    with reader:
         return reader.read(free, order, most)
-    finally:
-        reader.close()

@@ -19,7 +19,7 @@ from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
 from mthp.linux.pagemap import Pagemap, own_frame, states
-from mthp.linux.procfs import read_smaps
+from mthp.linux.procfs import read_pmd_mapped
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, spread
 
 _PFRAME_MASK = np.uint64(abi.PM_PFRAME_MASK)
@@ -173,9 +173,8 @@ class ColumnReader:
         kernels distinguishes the two.
         """
         orders = folios.read(pfn[windows.index])[1]
-        huge = [vma for vma, totals in read_smaps(self._pagemap.process) if totals.pmd_mapped]
-        windows = windows.where(orders >= self._geometry.pmd_order)
-        return self._within(windows, [(vma.start, vma.end) for vma in huge])
+        huge = [(vma.start, vma.end) for vma, _ in read_pmd_mapped(self._pagemap.process)]
+        return self._within(windows.where(orders >= self._geometry.pmd_order), huge)
 
     def _within(self, windows: Windows, parts: Sequence[Segment]) -> Windows:
         """Return those of `windows` that begin within one of `parts`, which ascend."""
@@ -241,8 +240,8 @@ class ColumnReader:
         self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]
     ) -> None:
         """Add the results of smaps alone: the mappings in which PMD entries map every PMD range."""
-        found = read_smaps(self._pagemap.process)
-        ranges = [(vma.pmd_ranges(self._geometry), totals.pmd_mapped) for vma, totals in found if totals.pmd_mapped]
+        found = read_pmd_mapped(self._pagemap.process)
+        ranges = [(vma.pmd_ranges(self._geometry), mapped) for vma, mapped in found]
         whole = [(start, end) for (start, end), mapped in ranges if mapped == end - start]
         pages = self._within(windows_of(segments, self._geometry), whole).indices()
         pages = pages[(state[pages] & _PRESENT) != 0]

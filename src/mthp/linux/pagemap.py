@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.process import Process
@@ -30,7 +31,7 @@ _NO_IOCTL = (errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 _TOP_BYTE = 7 if sys.byteorder == "little" else 0
 
 
-class Pagemap:
+class Pagemap(Closing):
     """The pagemap file of one process.
 
     Args:
@@ -154,7 +155,6 @@ class Pagemap:
         return True
 
     def close(self) -> None:
-        """Close the file. Closing twice does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

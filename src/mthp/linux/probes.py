@@ -152,9 +152,7 @@ def probe_process_madvise() -> int | None:
 def probe_pagemap_scan() -> bool:
     """Return whether PAGEMAP_SCAN works on this process."""
     try:
-        with Process("self") as process:
-            pagemap = Pagemap(process)
-            pagemap.close()
+        with Process("self") as process, Pagemap(process) as pagemap:
             return pagemap.can_scan
     except MthpError:
         # Without pidfds or pagemap it does not work either.

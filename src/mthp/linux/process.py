@@ -246,7 +246,6 @@ class Process(Closing):
         return self.label if self.comm else str(self.pid)
 
     def close(self) -> None:
-        """Close the handle. Closing twice does nothing."""
         for fd in (self.pidfd, self._directory):
             if fd >= 0:
                 os.close(fd)

@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from mthp.errors import UnsupportedError
 from mthp.linux.process import Process
@@ -29,45 +28,17 @@ _SHMEM_NAMES = ("/memfd:", "/SYSV", "/dev/shm/", "[anon_shmem:")
 _ANON_NAMES = ("[heap]", "[stack", "[anon:")
 _SHMEM_FILESYSTEMS = (b"tmpfs", b"devtmpfs")
 _NO_FLAGS: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class SmapsTotals:
-    """The counters of one mapping in smaps, in bytes; a field that the kernel does not have is 0.
-
-    Attributes:
-        rss: resident, zero pages not counted.
-        anonymous: resident and not part of a file.
-        anon_huge_pages: anonymous and mapped by PMD entries.
-        shmem_pmd_mapped, file_pmd_mapped: the same for shared memory and for files.
-        lazyfree: freed with MADV_FREE, and clean.
-        swap: swapped out.
-        thp_eligible: whether the kernel would use some THP order for it; None on kernels without this field.
-    """
-
-    rss: int
-    anonymous: int
-    anon_huge_pages: int
-    shmem_pmd_mapped: int
-    file_pmd_mapped: int
-    lazyfree: int
-    swap: int
-    thp_eligible: bool | None
-
-    @property
-    def pmd_mapped(self) -> int:
-        """Return the bytes that PMD entries map, of any kind."""
-        return self.anon_huge_pages + self.shmem_pmd_mapped + self.file_pmd_mapped
+_PMD_MAPPED = (b"\nAnonHugePages:", b"\nShmemPmdMapped:", b"\nFilePmdMapped:")
 
 
 def read_vmas(process: Process) -> list[Vma]:
     """Return the mappings of `process`, by ascending address."""
-    return [vma for vma, _ in _read_records(process)]
+    return [vma for vma, _ in read_smaps(process)]
 
 
-def read_smaps(process: Process) -> list[tuple[Vma, SmapsTotals]]:
-    """Return the mappings with their counters in smaps."""
-    return [(vma, parse_totals(block)) for vma, block in _read_records(process)]
+def read_pmd_mapped(process: Process) -> list[tuple[Vma, int]]:
+    """Return the mappings of which PMD entries map a part, with the bytes that they map, of any kind of memory."""
+    return [(vma, mapped) for vma, block in read_smaps(process) if (mapped := pmd_mapped(block))]
 
 
 def read_mapped(process: Process) -> list[Segment]:
@@ -115,19 +86,9 @@ def parse_numa_line(line: bytes, page_size: int) -> tuple[int, tuple[tuple[int, 
     return int(words[0], 16), tuple((node, count * unit // page_size) for node, count in nodes)
 
 
-def parse_totals(block: bytes) -> SmapsTotals:
-    """Return the totals of one mapping's part of smaps."""
-    eligible = _number(block, b"\nTHPeligible:")
-    return SmapsTotals(
-        rss=_kilobytes(block, b"\nRss:"),
-        anonymous=_kilobytes(block, b"\nAnonymous:"),
-        anon_huge_pages=_kilobytes(block, b"\nAnonHugePages:"),
-        shmem_pmd_mapped=_kilobytes(block, b"\nShmemPmdMapped:"),
-        file_pmd_mapped=_kilobytes(block, b"\nFilePmdMapped:"),
-        lazyfree=_kilobytes(block, b"\nLazyFree:"),
-        swap=_kilobytes(block, b"\nSwap:"),
-        thp_eligible=None if eligible is None else bool(eligible),
-    )
+def pmd_mapped(block: bytes) -> int:
+    """Return the bytes that PMD entries map, of any kind, from one mapping's part of smaps."""
+    return sum(number_in(block, name) or 0 for name in _PMD_MAPPED) << 10
 
 
 def shmem_devices(mountinfo: bytes) -> frozenset[str]:
@@ -163,7 +124,7 @@ class VmaParser:
             name = self._names[raw_name] = _unescape(os.fsdecode(raw_name))
         flags = self._parse_flags(block)
         shared = permissions.endswith(b"s")
-        written = any(_number(block, field) for field in (b"\nAnonymous:", b"\nSwap:", b"\nAnonHugePages:"))
+        written = any(number_in(block, field) for field in (b"\nAnonymous:", b"\nSwap:", b"\nAnonHugePages:"))
         kind = self._kind(name, flags, device.decode(), shared=shared, has_file=inode != b"0")
         return Vma(
             start=int(start, 16),
@@ -228,7 +189,8 @@ def split_records(pieces: Iterator[bytes]) -> Iterator[tuple[re.Match[bytes], by
         yield last, rest
 
 
-def _read_records(process: Process) -> Iterator[tuple[Vma, bytes]]:
+def read_smaps(process: Process) -> Iterator[tuple[Vma, bytes]]:
+    """Yield the mappings of `process`, by ascending address, each with its part of smaps."""
     parser = VmaParser(shmem_devices(_mountinfo(process)))
     empty = True
     for header, block in split_records(_pieces(process)):
@@ -270,16 +232,17 @@ def _mountinfo(process: Process) -> bytes:
         return b""
 
 
-def _number(block: bytes, field: bytes) -> int | None:
+def number_in(block: bytes, field: bytes) -> int | None:
+    """Return a counter in one mapping's part of smaps, most of them in KiB; None if the kernel does not have it.
+
+    Args:
+        field: its name, between the preceding newline and a colon, both included.
+    """
     at = block.find(field)
     if at < 0:
         return None
     at += len(field)
     return int(block[at : block.index(b"\n", at)].removesuffix(b"kB"))
-
-
-def _kilobytes(block: bytes, field: bytes) -> int:
-    return (_number(block, field) or 0) << 10
 
 
 def _unescape(name: str) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.linux.abi import PERF_RECORD_LOST, PERF_RECORD_SAMPLE, perf_tracepoint
 
@@ -138,7 +139,7 @@ class Event:
     values: Mapping[str, int | str]
 
 
-class Tracepoints:
+class Tracepoints(Closing):
     """Events of all processors, from now until :meth:`close`.
 
     Attributes:
@@ -170,12 +171,6 @@ class Tracepoints:
         except OSError as error:
             self.close()
             raise _refused(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the events."""

@@ -386,7 +386,7 @@ def test_every_source_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Damon, "measure", missing("damon"))
     monkeypatch.setattr(IdlePages, "measure", missing("idle"))
-    monkeypatch.setattr("mthp.linux.heat.young.YoungBits.measure", missing("young"))
+    monkeypatch.setattr("mthp.linux.heat.young.measure_young", missing("young"))
     with pytest.raises(UnsupportedError, match=r"no damon here.*no idle here.*no young here"):
         measure_heat(Space(), HeatRequest("auto", 1.0), never)  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.linux.process import ProcStat
-from mthp.linux.procfs import VmaParser, parse_numa_line, parse_totals, shmem_devices, split_records
+from mthp.linux.procfs import VmaParser, number_in, parse_numa_line, pmd_mapped, shmem_devices, split_records
 from mthp.vma import Vma, VmaKind
 
 SMAPS = b"""\
@@ -54,14 +54,11 @@ def test_smaps() -> None:
     assert (vsyscall.start, vsyscall.kind) == (0xFFFFFFFFFF600000, VmaKind.SPECIAL)
 
 
-def test_totals() -> None:
-    blocks = [block for _, block in split_records(iter([SMAPS]))]
-    totals = parse_totals(blocks[1])
-    assert totals.rss == totals.anonymous == 3072 << 10
-    assert (totals.anon_huge_pages, totals.lazyfree, totals.swap) == (2 << 20, 8 << 10, 12 << 10)
-    assert totals.thp_eligible is True
-    assert parse_totals(blocks[0]).thp_eligible is False
-    assert parse_totals(blocks[2]).thp_eligible is None
+def test_counters() -> None:
+    code, heap, vsyscall = (block for _, block in split_records(iter([SMAPS])))
+    assert number_in(heap, b"\nRss:") == number_in(heap, b"\nAnonymous:") == 3072
+    assert [number_in(block, b"\nTHPeligible:") for block in (code, heap, vsyscall)] == [0, 1, None]
+    assert [pmd_mapped(block) for block in (code, heap, vsyscall)] == [0, 2 << 20, 0]
 
 
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=40))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from mthp.engine.lasting import lasting_on
@@ -19,7 +18,17 @@ from mthp.errors import UsageError
 from mthp.freememory import parse_buddyinfo
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
-from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
+from mthp.linux.doctor.findings import (
+    PTRACE_SCOPE,
+    Answer,
+    Examination,
+    Facts,
+    Finding,
+    Question,
+    State,
+    name_of,
+    refused,
+)
 from mthp.linux.doctor.heat_sources import HEAT_QUESTIONS
 from mthp.linux.doctor.move_ability import MOVE_QUESTIONS
 from mthp.linux.doctor.split_ability import SPLIT_QUESTIONS
@@ -277,7 +286,7 @@ def _snapshot(_facts: Facts) -> Answer:
     return Answer(State.LIMITED, what, "pip install 'mthp[snapshot]' for Parquet and Arrow")
 
 
-_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+_QUESTIONS: tuple[Question, ...] = (
     ("thp", "transparent huge pages", False, _thp),
     ("size_switches", "switches by folio size", True, _size_switches),
     ("sizes", "folio sizes that are on", True, _sizes),
@@ -298,4 +307,3 @@ _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
     *SPLIT_QUESTIONS,
     *MOVE_QUESTIONS,
 )
-"""Key, title, whether it is about a part of THP, and the function that answers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -107,6 +108,10 @@ class Facts:
     def size_list(self, orders: tuple[int, ...]) -> str:
         """Return sizes as users write them."""
         return ", ".join(self.geometry.label(order) for order in orders) or "none"
+
+
+Question = tuple[str, str, bool, Callable[[Facts], Answer]]
+"""Key, title, whether it is about a part of THP, and the function that answers."""
 
 
 def name_of(error: int) -> str:

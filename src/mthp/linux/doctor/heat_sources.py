@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from mthp.linux.doctor.findings import Answer, Facts, State
+from mthp.linux.doctor.findings import Answer, Facts, Question, State
 from mthp.linux.heat import damon, idle_tracking, young
 
 
+def _answer(lack: tuple[str, str], available: str) -> Answer:
+    return Answer(State.MISSING, *lack) if lack[0] else Answer(State.OK, available)
+
+
 def _damon(facts: Facts) -> Answer:
-    what, remedy = damon.lack(facts.thp.root.parent, facts.thp.root.parents[2] / "module")
-    if what:
-        return Answer(State.MISSING, what, remedy)
-    return Answer(State.OK, "available, and no other program uses it: samples of each PMD range")
+    lack = damon.lack(facts.thp.root.parent, facts.thp.root.parents[2] / "module")
+    return _answer(lack, "available, and no other program uses it: samples of each PMD range")
 
 
 def _idle(facts: Facts) -> Answer:
-    what, remedy = idle_tracking.lack(facts.thp.root.parent)
-    if what:
-        return Answer(State.MISSING, what, remedy)
-    return Answer(State.OK, "available: samples of single pages")
+    return _answer(idle_tracking.lack(facts.thp.root.parent), "available: samples of single pages")
 
 
 def _young(facts: Facts) -> Answer:
@@ -32,9 +29,8 @@ def _young(facts: Facts) -> Answer:
     return Answer(State.LIMITED, what, "heat_damon or heat_idle")
 
 
-HEAT_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+HEAT_QUESTIONS: tuple[Question, ...] = (
     ("heat_damon", "hot memory, by DAMON", False, _damon),
     ("heat_idle", "hot memory, by idle page tracking", False, _idle),
     ("heat_young", "hot memory, by young bits", False, _young),
 )
-"""Key, title, whether it is about a part of THP, and the function that answers."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 
-from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Facts, State, refused
+from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Facts, Question, State, refused
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE
 from mthp.linux.rights import CAP_SYS_PTRACE
@@ -73,10 +72,9 @@ def _switches(facts: Facts) -> Answer:
     return Answer(State.MISSING, "may not be set by this process, and no size is on", remedy)
 
 
-MOVE_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+MOVE_QUESTIONS: tuple[Question, ...] = (
     ("move_machine", "the mover, for folios below the PMD size", False, _machine),
     ("move_userfaultfd", "the mover: moving pages", False, _userfaultfd),
     ("move_ptrace", "the mover: attaching to others", False, _ptrace),
     ("move_switches", "the mover: switches by folio size", True, _switches),
 )
-"""Key, title, whether it is about a part of THP, and the function that answers."""

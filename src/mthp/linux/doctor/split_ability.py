@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from mthp.linux.doctor.findings import Answer, Facts, State
+from mthp.linux.doctor.findings import Answer, Facts, Question, State
 from mthp.linux.split.file import SPLIT_FILE, SplitAbility
 
 _LATER = "Linux 6.12 or later"
@@ -54,10 +52,9 @@ def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
     return Answer(State.LIMITED, ability.untried or "not tried")
 
 
-SPLIT_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+SPLIT_QUESTIONS: tuple[Question, ...] = (
     ("split", f"splitting folios in place ({SPLIT_FILE.name})", True, _split),
     ("split_offset", "splitting around one page", True, _offset),
     ("split_zeroes", "giving zeroes back by splitting", True, _zeroes),
     ("cold_zeroes", "giving zeroes back by MADV_COLD", True, _cold),
 )
-"""Key, title, whether it is about a part of THP, and the function that answers."""

@@ -6,7 +6,7 @@
 - :mod:`~mthp.linux.heat.young` measures the used part of each mapping. The pages look unused to reclaim until they are
   used again.
 
-Each is a :class:`HeatSource`. The caller sets the duration. A source uses at most :data:`MAX_SHARE` of one processor:
+Each measures until its time is over, or `stop` returns True. A source uses at most :data:`MAX_SHARE` of one processor:
 the intervals between two samples grow until that is so.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,39 +38,29 @@ PATIENCE = 0.05
 Stop = Callable[[], bool]
 
 
-class HeatSource(Protocol):
-    """A way to measure accesses."""
-
-    def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
-        """Return the accesses of `seconds`; of a shorter time once `stop` returns True.
-
-        Raises:
-            UnsupportedError: this kernel lacks it, or another program uses it.
-            NotPermittedError: these rights are not sufficient.
-        """
-
-
 def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
     """Return the accesses of `space` for the time, and by the source, of `request`.
 
     Raises:
-        UnsupportedError, NotPermittedError, TargetVanishedError: as :meth:`HeatSource.measure`; for ``auto`` of all
-            sources, with the reason of each.
+        UnsupportedError: this kernel lacks the source, or another program uses it; for ``auto`` with the reason against
+            each of them.
+        NotPermittedError: these rights are not sufficient; for ``auto`` as above.
+        TargetVanishedError: the process is gone.
     """
     # Imported here: each needs these helpers.
     from mthp.linux.heat.damon import Damon
     from mthp.linux.heat.idle_tracking import IdlePages
-    from mthp.linux.heat.young import YoungBits
+    from mthp.linux.heat.young import measure_young
 
-    sources: dict[str, Callable[[], HeatSource]] = {"damon": Damon, "idle": IdlePages, "young": YoungBits}
+    sources = {"damon": Damon().measure, "idle": IdlePages().measure, "young": measure_young}
     if request.source != "auto":
-        return sources[request.source]().measure(space, request.seconds, stop)
+        return sources[request.source](space, request.seconds, stop)
     # In the order of what they disturb: only the last one makes pages look unused to reclaim.
     reasons: list[str] = []
     permitted = False
-    for name, source in sources.items():
+    for name, measure in sources.items():
         try:
-            return source().measure(space, request.seconds, stop)
+            return measure(space, request.seconds, stop)
         except (UnsupportedError, NotPermittedError) as error:
             permitted |= isinstance(error, UnsupportedError)
             reasons.append(f"{name}: {error.message}")

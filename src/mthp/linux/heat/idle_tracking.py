@@ -52,12 +52,11 @@ class IdlePages:
 
     Args:
         mm: the directory ``/sys/kernel/mm``.
-        seed: seed of the choice of pages.
     """
 
-    def __init__(self, mm: Path = Path("/sys/kernel/mm"), seed: int = 0) -> None:
+    def __init__(self, mm: Path = Path("/sys/kernel/mm")) -> None:
         self._path = mm / BITMAP
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(0)
 
     def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
         begin, begun = time.monotonic(), time.process_time()

@@ -41,30 +41,28 @@ def lack(proc: Path) -> tuple[str, str]:
     return "", ""
 
 
-class YoungBits:
-    """Young bits as a source of accesses."""
-
-    def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
-        begin, begun = time.monotonic(), time.process_time()
-        anonymous = {vma.start: vma.end for vma in space.vmas() if vma.kind is VmaKind.ANON}
-        referenced: dict[tuple[int, int], int] = {}
+def measure_young(space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
+    """Return the accesses of `space` by mapping, for `seconds` or until `stop` returns True."""
+    begin, begun = time.monotonic(), time.process_time()
+    anonymous = {vma.start: vma.end for vma in space.vmas() if vma.kind is VmaKind.ANON}
+    referenced: dict[tuple[int, int], int] = {}
+    space.process.write("clear_refs", CLEAR_YOUNG)
+    for _ in rounds(seconds, stop):
+        for start, end, size in parse_referenced(space.process.read("smaps")):
+            # A mapping that has changed its ends since is left out: what its count belongs to is unknown.
+            if anonymous.get(start) == end:
+                referenced[start, end] = referenced.get((start, end), 0) + size // space.geometry.page_size
         space.process.write("clear_refs", CLEAR_YOUNG)
-        for _ in rounds(seconds, stop):
-            for start, end, size in parse_referenced(space.process.read("smaps")):
-                # A mapping that has changed its ends since is left out: what its count belongs to is unknown.
-                if anonymous.get(start) == end:
-                    referenced[start, end] = referenced.get((start, end), 0) + size // space.geometry.page_size
-            space.process.write("clear_refs", CLEAR_YOUNG)
-        spans = np.array(list(referenced), np.uint64).reshape(-1, 2)
-        return Heat.of_spans(
-            spans[:, 0],
-            spans[:, 1],
-            np.array(list(referenced.values()), np.float64),
-            source="young bits",
-            seconds=time.monotonic() - begin,
-            cpu_seconds=time.process_time() - begun,
-            remark=REMARK,
-        )
+    spans = np.array(list(referenced), np.uint64).reshape(-1, 2)
+    return Heat.of_spans(
+        spans[:, 0],
+        spans[:, 1],
+        np.array(list(referenced.values()), np.float64),
+        source="young bits",
+        seconds=time.monotonic() - begin,
+        cpu_seconds=time.process_time() - begun,
+        remark=REMARK,
+    )
 
 
 def parse_referenced(text: bytes) -> list[tuple[int, int, int]]:

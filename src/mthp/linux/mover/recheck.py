@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.mover.freeze import FrozenProcess
@@ -72,7 +73,7 @@ class Before:
     fill: bool
 
 
-class Recheck:
+class Recheck(Closing):
     """The second check of blocks. Call its methods in the tracing thread."""
 
     def __init__(self, process: Process, geometry: Geometry) -> None:
@@ -81,7 +82,6 @@ class Recheck:
         self._pagemap = Pagemap(process)
 
     def close(self) -> None:
-        """Close what is open. Closing twice does nothing."""
         self._pagemap.close()
 
     def objections(self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before) -> list[Objection | None]:
@@ -97,11 +97,9 @@ class Recheck:
         # shows that, which takes long.
         if before.has_userfaultfd:
             vmas = procfs.read_vmas(self._process)
-        mappings, size = _PresentMappings(self._process, vmas), self._geometry.size_of
-        try:
+        size = self._geometry.size_of
+        with _PresentMappings(self._process, vmas) as mappings:
             objections = [mappings.objection(address, address + size(order)) for address, order in blocks]
-        finally:
-            mappings.close()
         heads = [head for tid in frozen.tracees if (head := robust_list(tid))]
         addresses, orders = np.array(blocks, np.int64).T
         ends = addresses + (self._geometry.page_size << orders)
@@ -162,7 +160,7 @@ class Recheck:
                 objections[index] = _SHARED_NOW if shared[index] else _GONE
 
 
-class _PresentMappings:
+class _PresentMappings(Closing):
     """The present mappings, compared with the earlier ones; each is queried once."""
 
     def __init__(self, process: Process, vmas: Sequence[Vma]) -> None:

@@ -223,7 +223,6 @@ class MoverSession(Closing):
         return [pause.total_ns for pause in pauses]
 
     def close(self) -> None:
-        """Close what is open. Closing twice does nothing."""
         if self._recheck:
             self._recheck.close()
             self._recheck = None

@@ -79,7 +79,6 @@ class ProcessMemory(Closing):
             raise MthpError(f"process {self.process.label} has no memory at {address + done:#x}")
 
     def close(self) -> None:
-        """Close what is open. Closing twice does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

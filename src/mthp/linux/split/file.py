@@ -298,11 +298,8 @@ def _trial(geometry: Geometry) -> Iterator[_Trial]:
             start = -(-ctypes.addressof(view) // geometry.pmd_size) * geometry.pmd_size
             # The mapping cannot be released while the view exists.
             del view
-            pagemap = Pagemap(process)
-            try:
+            with Pagemap(process) as pagemap:
                 yield _Trial(geometry, start, pagemap, folios, lambda: memory.madvise(mmap.MADV_DONTNEED))
-            finally:
-                pagemap.close()
     except OSError as error:
         raise _UntriedError(f"not tried: {error.strerror}") from error
     except MthpError as error:
