@@ -395,8 +395,10 @@ def test_mappings() -> None:
 
 
 @pytest.mark.requires("pfns", "guard")
-def test_blocks() -> None:
+def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 blocks of 16 pages, each with a fate of its own."""
+    # Its advice is there to keep other folios away.
+    monkeypatch.setattr("mthp.linux.mover.refuse.block.refuse_vma", lambda vma: None)
     size = 16 * PAGE_SIZE
     with Puppet() as puppet, open_live(puppet.pid) as space:
         start = puppet.map(16 * size, advice=15)
@@ -416,7 +418,6 @@ def test_blocks() -> None:
             addresses,
             np.full(16, 4, np.int8),
             vmas=space.vmas(),
-            refuse_vma=lambda vma: None,
             special=SpecialRanges(stacks=((start + size + 5, start + size + 6),)),
             page_size=PAGE_SIZE,
         )

@@ -159,11 +159,7 @@ class ColumnReader:
         if not self._pagemap.can_scan:
             # Before Linux 6.7 only smaps shows PMD entries: how much of a mapping they map, but not where.
             return self._told_by_smaps(folios, windows, pfn)
-        regions = self.huge_regions(windows)
-        if not len(regions):
-            return windows.where(np.zeros(len(windows), np.bool_))
-        at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
-        return windows.where((regions[at, 0] <= windows.page) & (windows.page < regions[at, 1]))
+        return windows.where(self.are_huge(windows))
 
     def _told_by_smaps(self, folios: FolioReader, windows: Windows, pfn: NDArray[np.uint64]) -> Windows:
         """Return those of `windows` that a PMD entry maps, as far as smaps shows it: all must have suitable frames.
@@ -185,7 +181,16 @@ class ColumnReader:
         inside[inside] = windows.page[inside] < bounds[at[inside], 1]
         return windows.where(inside)
 
-    def huge_regions(self, windows: Windows) -> _Index:
+    def are_huge(self, windows: Windows) -> NDArray[np.bool_]:
+        """Return which of `windows` a PMD entry maps, by PAGEMAP_SCAN: bool, shape (windows,)."""
+        regions = self._huge_regions(windows)
+        if not len(regions):
+            return np.zeros(len(windows), np.bool_)
+        at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
+        huge: NDArray[np.bool_] = (regions[at, 0] <= windows.page) & (windows.page + windows.count <= regions[at, 1])
+        return huge
+
+    def _huge_regions(self, windows: Windows) -> _Index:
         """Return the runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
         page_size = self._geometry.page_size
         order = np.argsort(windows.page)

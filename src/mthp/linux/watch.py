@@ -84,18 +84,10 @@ class LiveWatch:
         # Words do not show a split PMD entry either. A scan of ranges that PMD entries map costs next to nothing.
         unsure = np.flatnonzero(now.huge & ~changed)
         if len(unsure):
-            changed[unsure] = ~self._still_huge(now.ranges[unsure])
+            ranges, n = now.ranges[unsure], self._geometry.ptes_per_pmd
+            windows = Windows(ranges * n, np.zeros_like(ranges), np.full_like(ranges, n))
+            changed[unsure] = ~self._columns.are_huge(windows)
         return changed
-
-    def _still_huge(self, ranges: _Numbers) -> NDArray[np.bool_]:
-        n = self._geometry.ptes_per_pmd
-        windows = Windows(ranges * n, np.zeros_like(ranges), np.full_like(ranges, n))
-        regions = self._columns.huge_regions(windows)
-        if not len(regions):
-            return np.zeros(len(ranges), np.bool_)
-        at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
-        still: NDArray[np.bool_] = (regions[at, 0] <= windows.page) & (windows.page + n <= regions[at, 1])
-        return still
 
     def _parts(self, ranges: _Numbers, block: Sequence[Segment]) -> list[Segment]:
         """Return the parts of `block` that lie in `ranges`."""

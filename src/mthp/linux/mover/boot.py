@@ -114,7 +114,7 @@ class BootedThread:
     def _look_for_error(self) -> None:
         if not self.stop():
             return
-        error = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_error])
+        error = self._register(self._machine.boot_error)
         # If the first call failed, there is nothing to undo; otherwise the last one undoes it, and must be over.
         if self.is_inside and error >= _FIRST_ERROR and self._calls_made() in (0, CALLS):
             raise RemoteError((1 << 64) - error, os.strerror((1 << 64) - error))
@@ -131,8 +131,7 @@ class BootedThread:
     @property
     def is_inside(self) -> bool:
         """Return whether the thread, which is stopped, is still in the boot code."""
-        pc = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.pc])
-        return self._slot <= pc < self._slot + self._machine.slot_bytes
+        return self._slot <= self._register(self._machine.pc) < self._slot + self._machine.slot_bytes
 
     @property
     def has_made_calls(self) -> bool:
@@ -141,8 +140,11 @@ class BootedThread:
         return self.is_inside and self._calls_made() in (CALLS - 1, CALLS)
 
     def _calls_made(self) -> int:
-        row = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_row])
+        row = self._register(self._machine.boot_row)
         return (row - self._slot - self._machine.boot_rows) // _CALL_BYTES
+
+    def _register(self, column: int) -> int:
+        return int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, column])
 
     def put_back(self) -> None:
         """Restore the thread, which is stopped, exactly, and make the padding zero again.

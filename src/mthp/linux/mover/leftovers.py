@@ -19,6 +19,7 @@ from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import MACHINES, by_name
 from mthp.linux.mover.boot import CALLS, BootedThread
+from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.session import all_stopped, in_tracing_thread
@@ -170,7 +171,8 @@ def _has_ended(booted: BootedThread) -> bool:
 
 
 def _remove(process: Process, leftover: Leftover) -> None:
-    with all_stopped(process) as frozen:
+    frozen = FrozenProcess(process)
+    with all_stopped(frozen):
         machine = frozen.machine
         inside = range(leftover.start, leftover.end)
         # It may still restore threads: unmapping it under one would kill the process.

@@ -38,7 +38,7 @@ from mthp.linux.mover.refuse.sharing import last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.means import Means
-from mthp.movechecks import Refusal, refuse_vma
+from mthp.movechecks import Refusal
 from mthp.ptes import Block, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma
@@ -233,7 +233,6 @@ class Mover(Closing):
             np.array([address for address, _ in blocks], np.int64),
             np.array([order for _, order in blocks], np.int8),
             vmas=vmas,
-            refuse_vma=refuse_vma,
             special=self._hold.around(special_ranges(self._process)),
             page_size=self._geometry.page_size,
             fill=batch.means.fill,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from mthp.errors import MthpError, UnsupportedError
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.mapping import Mapping, read_mappings
+from mthp.linux.mover.targetmemory import Reader
 from mthp.linux.process import Process
 
 AT_BASE, AT_ENTRY = 7, 9
@@ -34,9 +35,6 @@ LONGEST_SEARCH = 1 << 20
 _C_LIBRARY = re.compile(r"/(libc\.so\.6|libc-2\.[0-9]+\.so|libc\.musl-[^/]*|ld-musl-[^/]*)$")
 _ELF_HEADER = struct.Struct("=16s2HI3QI6H")
 _PROGRAM_HEADER = struct.Struct("=2I6Q")
-
-Reader = Callable[[int, int], bytes]
-"""Returns a number of bytes of the target's memory from an address on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,25 +90,26 @@ def set_options(tid: int, options: int) -> None:
 
 def get_registers(tid: int, words: int) -> NDArray[np.uint64]:
     """Return the general registers of a stopped thread: uint64, shape (1, words)."""
-    registers = np.zeros((1, words), np.uint64)
-    vector = vectors(registers)
-    _request(PTRACE_GETREGSET, tid, NT_PRSTATUS, address_of(vector))
-    return registers
+    return _register_set(tid, NT_PRSTATUS, words)
 
 
 def get_register_set(tid: int, kind: int, words: int) -> NDArray[np.uint64] | None:
     """Return the first words of a stopped thread's register set `kind` (``NT_*``); None if the machine lacks it."""
-    registers = np.zeros((1, words), np.uint64)
-    vector = vectors(registers)
     try:
-        _request(PTRACE_GETREGSET, tid, kind, address_of(vector))
+        first: NDArray[np.uint64] = _register_set(tid, kind, words)[0]
     except OSError as error:
         # EINVAL if the kernel does not know the set, ENODEV if the processor lacks it.
         if error.errno not in (errno.EINVAL, errno.ENODEV, errno.EIO):
             raise
         return None
-    first: NDArray[np.uint64] = registers[0]
     return first
+
+
+def _register_set(tid: int, kind: int, words: int) -> NDArray[np.uint64]:
+    registers = np.zeros((1, words), np.uint64)
+    vector = vectors(registers)
+    _request(PTRACE_GETREGSET, tid, kind, address_of(vector))
+    return registers
 
 
 def set_registers(tid: int, registers: NDArray[np.uint64]) -> None:

@@ -87,25 +87,19 @@ _Int64s = NDArray[np.int64]
 
 
 @contextlib.contextmanager
-def all_stopped(
-    process: Process,
-    timeout_ns: int = STOP_TIMEOUT_NS,
-    machine: Architecture | None = None,
-    like: Stopped | None = None,
-    worker_timeout_ns: int = WORKER_TIMEOUT_NS,
-) -> Iterator[FrozenProcess]:
-    """Yield `process` with every thread stopped; release all afterwards. The arguments are :class:`FrozenProcess`'s.
+def all_stopped(frozen: FrozenProcess) -> Iterator[None]:
+    """Stop every thread of a process, and release all of them afterwards.
 
     Raises:
         CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
     """
+    process = frozen.process
     # Before the stop, so that its time is not a part of the pause; only threads that are new then are checked inside.
     known = check_threads(process, read_threads(process))
-    frozen = FrozenProcess(process, timeout_ns, machine, like, worker_timeout_ns)
     try:
         frozen.stop(known)
         reached(Step.STOPPED)
-        yield frozen
+        yield
     except OSError as error:
         # Every request for a thread that SIGKILL has woken from its stop ends with ESRCH.
         if error.errno != errno.ESRCH:
@@ -299,7 +293,8 @@ class MoverSession(Closing):
         parked = worked = 0
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
         stop_ns, worker_ns = self._timeouts_ns
-        with all_stopped(self._process, stop_ns, self._machine, self._threads, worker_ns) as frozen:
+        frozen = FrozenProcess(self._process, stop_ns, self._machine, self._threads, worker_ns)
+        with all_stopped(frozen):
             # Kept for the next window, which uses their tables of system calls again if the threads are the same.
             self._threads = frozen.stopped
             stopped = time.perf_counter_ns()

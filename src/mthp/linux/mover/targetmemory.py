@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,9 @@ from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.abi import read_words
 from mthp.linux.process import Process
+
+Reader = Callable[[int, int], bytes]
+"""Returns a number of bytes of the target's memory from an address on."""
 
 
 class ProcessMemory(Closing):

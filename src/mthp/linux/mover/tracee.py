@@ -24,9 +24,7 @@ from mthp.linux.mover import ptrace, steps
 from mthp.linux.mover.arch.architecture import Architecture, Registers
 from mthp.linux.mover.callbatches import Calls
 from mthp.linux.mover.steps import Step, reached
-
-Reader = Callable[[int, int], bytes]
-"""Returns a number of bytes of the target's memory from an address on."""
+from mthp.linux.mover.targetmemory import Reader
 
 WordReader = Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
 """Returns the 64-bit words at many addresses of the target's memory."""
@@ -329,11 +327,6 @@ class Tracee:
         """Return the columns of it and of the threads that were stopped with it."""
         assert self._stopped is not None
         return self._stopped
-
-    @property
-    def registers(self) -> Registers:
-        """Return those of the stop, with an EINTR that only the stop caused repaired: uint64, shape (1, words)."""
-        return self.stopped.registers[self.row : self.row + 1]
 
     @property
     def rseq_abort(self) -> int:

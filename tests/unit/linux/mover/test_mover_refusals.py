@@ -109,7 +109,6 @@ def judge(  # one block of order 2 at BASE, unless said otherwise
         np.array([address], np.int64),
         np.array([block_order], np.int8),
         vmas=[vma()] if vmas is None else vmas,
-        refuse_vma=refuse_vma,
         special=SpecialRanges(stacks=special),
         page_size=PAGE,
         fill=fill,
@@ -249,7 +248,6 @@ def test_many_blocks_at_once(data: st.DataObject, fill: bool) -> None:
         np.array([BASE + first * PAGE for first, _ in blocks], np.int64),
         np.array([order for _, order in blocks], np.int8),
         vmas=[vma(pages=64)],
-        refuse_vma=refuse_vma,
         special=SpecialRanges(robust_lists=tuple((BASE + at * PAGE + 8, BASE + at * PAGE + 32) for at in special)),
         page_size=PAGE,
         fill=fill,
@@ -269,7 +267,7 @@ def test_many_blocks_at_once(data: st.DataObject, fill: bool) -> None:
 def test_no_blocks() -> None:
     none = np.empty(0, np.int64)
     verdict = refuse_blocks(
-        columns([], []), None, none, none.astype(np.int8), vmas=[], refuse_vma=refuse_vma, special=SpecialRanges(),
+        columns([], []), None, none, none.astype(np.int8), vmas=[], special=SpecialRanges(),
         page_size=PAGE,
     )  # fmt: skip
     assert verdict.shape == (0,)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +147,6 @@ def refuse_blocks(
     orders: NDArray[np.int8],
     *,
     vmas: Sequence[Vma],
-    refuse_vma: Callable[[Vma], object | None],
     special: SpecialRanges,
     page_size: int,
     fill: bool = False,
@@ -164,7 +163,6 @@ def refuse_blocks(
         addresses: start of each block in bytes: int64, shape (blocks,).
         orders: order of each block: int8, shape (blocks,).
         vmas: the mappings, ascending.
-        refuse_vma: function that returns an object for a mapping that is refused, None for others.
         special: memory that the kernel uses.
         fill: whether holes and zero pages are to be filled.
 
@@ -182,7 +180,7 @@ def refuse_blocks(
 
     # In the order of precedence: the first refusal of a block stays.
     refuse(addresses % (counts * page_size) != 0, BlockRefusal.MISALIGNED)
-    inside, allowed = _by_vma(addresses, ends, vmas, refuse_vma)
+    inside, allowed = _by_vma(addresses, ends, vmas)
     refuse(~inside, BlockRefusal.NOT_IN_ONE_VMA)
     refuse(~allowed, BlockRefusal.VMA)
     first = columns.first_pages(addresses // page_size, ends // page_size, page_size)
@@ -194,9 +192,7 @@ def refuse_blocks(
     return verdict
 
 
-def _by_vma(
-    addresses: _Int64s, ends: _Int64s, vmas: Sequence[Vma], refuse_vma: Callable[[Vma], object | None]
-) -> tuple[_Bools, _Bools]:
+def _by_vma(addresses: _Int64s, ends: _Int64s, vmas: Sequence[Vma]) -> tuple[_Bools, _Bools]:
     """Return whether each block lies inside one mapping, and whether that one may be touched: bool, shape (blocks,)."""
     # [vsyscall] lies beyond what an int64 holds.
     user = [vma for vma in vmas if vma.end < LARGEST_ADDRESS]
