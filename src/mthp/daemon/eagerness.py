@@ -143,11 +143,9 @@ class EagernessLevel:
     """The level of one target.
 
     Args:
-        rule: the settings of its rule.
         now: seconds.
 
     Attributes:
-        settings: the current settings.
         makes: whether folios are made at this level.
         gives_back: whether even the wanted level makes no folios; False while the level rises from 0.
         smallest: the smallest order that is made; 0 if the rule has no eagerness.

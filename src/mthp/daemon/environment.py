@@ -90,8 +90,6 @@ class Environment:
     """State that all targets share.
 
     Attributes:
-        geometry: geometry of the machine.
-        configuration: the current configuration.
         switches, tunables: the current ones: the configuration's over the system's.
         free: orders with free folios.
         total: counters of all targets together.
@@ -101,11 +99,8 @@ class Environment:
         pass_at: time of the end of the last pass, in seconds since 1970; 0.0 before the first.
         bytes: budget of bytes per second of all targets together.
         opened: opens the address space of a PID.
-        event: writes an event.
-        say: prints a line for the operator.
         looks: intervals between looks at targets.
         stopping: called between pieces; returns whether to stop.
-        clock: the time, in seconds.
         said: subjects of lines that were printed, see :meth:`say_once`.
     """
 

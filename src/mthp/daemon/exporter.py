@@ -39,16 +39,8 @@ except ImportError as error:
 class MetricsServer:
     """The page of metrics, served by a thread of its own.
 
-    Args:
-        environment, worker: sources of the counters.
-        host, port: address of the page.
-        version: version of mthp.
-
     Raises:
         UsageError: the port is taken, or this user may not use it.
-
-    Attributes:
-        url: URL of the page.
     """
 
     def __init__(self, environment: Environment, worker: Worker, host: str, port: int, version: str) -> None:
@@ -82,10 +74,6 @@ class DaemonCollector(Collector):
 
     A PID is not a label, so processes that start and exit make no new series. Passes and trims have measured all of
     this: no process is read for the page.
-
-    Args:
-        environment, worker: sources of the counters.
-        version: version of mthp.
     """
 
     def __init__(self, environment: Environment, worker: Worker, version: str) -> None:
@@ -250,7 +238,6 @@ class BoundedServer(WSGIServer):
     Args:
         host: name or address to listen at, of IPv4 or IPv6.
         port: port to listen at; 0 for any.
-        application: the WSGI application.
         entered: called first in each thread that serves.
         connection_seconds: seconds after which a connection is ended.
 

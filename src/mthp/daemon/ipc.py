@@ -47,9 +47,7 @@ class ControlSocket:
     """Listens at the socket, and answers.
 
     Args:
-        path: path of the socket.
         selector: selector of the main loop; the data of a registration is a function that is called with the events.
-        answer: returns the answer to a request.
 
     Raises:
         UsageError: the socket is taken, or cannot be made.

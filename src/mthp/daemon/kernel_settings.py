@@ -37,7 +37,6 @@ class SystemKnobs:
     """Switches and tunables of this machine.
 
     Args:
-        sysfs: the THP directory.
         lock: the lock file of windows; None to check no lock.
     """
 
@@ -129,7 +128,6 @@ class Keeping:
     Args:
         knobs: receives the value from before.
         loop: schedules the next try.
-        say: prints a line for the operator.
         journal: journal of the switches; the system's if not given.
     """
 
@@ -181,11 +179,7 @@ class Keeping:
         self._say(f"{TUNABLE} is {number} while this daemon runs; it was {was}")
 
     def _put_back(self) -> None:
-        """Put back the value from before.
-
-        Raises:
-            MthpError: another process does not finish its window in time.
-        """
+        """Put back the value from before."""
         if self._kept is None:
             return
         restored = self._journal.release()

@@ -52,13 +52,7 @@ _HEAT_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
-    """Mappings in which nothing may be made, for one reason.
-
-    Attributes:
-        reason: the reason.
-        mappings: number of mappings.
-        bytes: size of the mappings.
-    """
+    """Mappings in which nothing may be made, for one reason."""
 
     reason: str
     mappings: int
@@ -69,14 +63,11 @@ class TargetPass:
     """One pass through a target.
 
     Args:
-        environment: state that all targets share.
-        pid: PID of the target.
         level: the target's level of eagerness, with its settings.
         bloat_left: returns the bytes that filling may still add; None for unlimited.
 
     Attributes:
         space: open address space of the target; closed with this.
-        means: means of collapsing blocks.
         visit: the scan and collapse of its ranges.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
         reasons: reasons beyond the scan result for failed and refused attempts, with the number of times.

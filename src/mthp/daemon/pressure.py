@@ -76,7 +76,6 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Shortage:
 
     Args:
         membership: the text of its ``/proc/PID/cgroup``.
-        proc: path of /proc.
     """
     mounts = _mounts(proc)
     tops = {mount.point for mount in mounts}

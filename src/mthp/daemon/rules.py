@@ -85,14 +85,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule.
-
-    Attributes:
-        name: name in messages.
-        match: properties of its processes.
-        deny: leave these processes alone.
-        settings: settings for these processes.
-    """
+    """One rule."""
 
     name: str
     match: Match

@@ -76,8 +76,6 @@ class Daemon:
     Args:
         load: reads the configuration: at the start, and at every SIGHUP.
         run_dir: directory of the lock and of the socket.
-        version: version of mthp.
-        say: prints a line for the operator.
 
     Raises:
         UsageError: the configuration is invalid; a socket or a port is taken; a log cannot be written.

@@ -74,7 +74,6 @@ class Target:
     Args:
         process: handle of the process; closed with this.
         facts: properties of the process by which its rule was found.
-        rule: the rule for the process.
 
     Attributes:
         facts, rule: as given; :meth:`renew` replaces them.
@@ -88,7 +87,6 @@ class Target:
         reasons: reasons of the backend for the last failed attempts, with the number of times.
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
-        level: the current level of eagerness.
         small_folios, forks: small folios that were made and whether they last, and processes that share the memory.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished, closed: whether the process was found to be gone, and whether the target is out of use.

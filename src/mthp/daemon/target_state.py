@@ -38,7 +38,6 @@ class Sign:
         faults: page faults so far.
         mapped: bytes of its mappings.
         resident: pages; not compared.
-        comm: name of the process.
     """
 
     faults: int
@@ -61,10 +60,6 @@ FRESH_SECONDS = 300.0
 
 class HeatKeeper:
     """The heat of one process.
-
-    Args:
-        environment: state that all targets share.
-        pid: PID of the process.
 
     Attributes:
         heat: last measurement; None if there is none.

@@ -131,7 +131,6 @@ class ServiceCounters:
     """Work done in the processes of one service under one rule, also in those that have ended.
 
     Attributes:
-        rule, service: their names.
         collapsed_bytes: in folios that were made.
         bloat_bytes, trimmed_bytes: as in :class:`WorkCounters`.
     """
@@ -145,13 +144,7 @@ class ServiceCounters:
 
 @dataclass
 class RuleCounters:
-    """Work done under one rule, by order.
-
-    Attributes:
-        collapsed: folios made.
-        failed: attempts that failed.
-        bloat_bytes: added by filling holes.
-    """
+    """Work done under one rule, by order."""
 
     collapsed: Counter[int] = field(default_factory=Counter)
     failed: Counter[int] = field(default_factory=Counter)
@@ -184,7 +177,6 @@ class EventLog:
     """Appends events to a file.
 
     Args:
-        path: the file.
         say: prints a line when events are lost, and when writing works again.
 
     Attributes:

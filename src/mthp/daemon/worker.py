@@ -38,14 +38,9 @@ class Worker:
     """Works on targets in a thread of its own.
 
     Args:
-        environment: state that the targets share.
-        knobs: the system's switches and tunables.
-        pressure: the machine's memory pressure.
-        cpu: the CPU budget.
         died: called in the worker's thread if an internal error ends it.
 
     Attributes:
-        pressure, cpu: as given.
         targets: all targets, by PID.
         failed: whether an internal error ended the thread.
         beat: time when the worker last worked, or rested with nothing to do.

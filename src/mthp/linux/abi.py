@@ -192,9 +192,6 @@ def kcmp(one: int, other: int, kind: int) -> int | None:
 def perf_tracepoint(number: int, cpu: int) -> int | None:
     """Open a tracepoint on one processor, for all processes: each sample has its time and the record.
 
-    Args:
-        number: its ID.
-
     Returns:
         A file descriptor, None if that processor is off.
 

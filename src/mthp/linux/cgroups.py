@@ -27,7 +27,6 @@ class CgroupMount:
     """A mounted cgroup hierarchy, or a part of one.
 
     Attributes:
-        point: mount point.
         root: path of the mounted part in the hierarchy.
         controllers: mount options of version 1; None for version 2.
     """
@@ -71,7 +70,6 @@ def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controlle
     """Return the directories of a process's cgroup for `controller`, and of all above it, lowest first.
 
     Args:
-        mounts: the mounted hierarchies.
         membership: text of the process's ``/proc/PID/cgroup``.
     """
     for line in lines(membership):
@@ -90,11 +88,7 @@ def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controlle
 
 
 def is_frozen(mounts: Sequence[CgroupMount], membership: str) -> bool:
-    """Return whether the cgroup of a process, or one above it, is frozen (cgroup-v2.rst, freezer-subsystem.rst).
-
-    Args:
-        mounts, membership: as for :func:`cgroup_directories`.
-    """
+    """Return whether the cgroup of a process, or one above it, is frozen (cgroup-v2.rst, freezer-subsystem.rst)."""
     for directory in cgroup_directories(mounts, membership, "freezer"):
         # A group freezes all groups below it, and their own cgroup.freeze does not show that.
         for file, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN"), ("freezer.state", "FREEZING")):

@@ -27,7 +27,6 @@ class Contents(Closing):
     """A reader of the contents of a process.
 
     Args:
-        process: the process.
         page_size: bytes of a base page.
         piece: bytes to read at a time, a multiple of `page_size`.
     """

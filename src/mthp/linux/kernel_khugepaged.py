@@ -109,11 +109,7 @@ class KernelKhugepaged:
         return "collapse_alloc" in self._sysfs.stats(self._geometry).get(order, {})
 
     def _settings(self, orders: Sequence[int], blocks: Sequence[Block], *, fill: bool) -> dict[str, str]:
-        """Return khugepaged's settings for a window; the switches that turn sizes off come last.
-
-        Raises:
-            UnsupportedError: as :meth:`collapse`.
-        """
+        """Return khugepaged's settings for a window; the switches that turn sizes off come last."""
         if not self._counts(min(orders)):
             label = self._geometry.label(min(orders))
             raise UnsupportedError(

@@ -74,7 +74,6 @@ class Watched:
     """The result of watching a process.
 
     Attributes:
-        seconds: duration.
         scans: scans of the process, each with the address of its range; None where no page determines it.
         others: number of scans of other processes.
         lost: number of events that came too fast.
@@ -189,11 +188,7 @@ class Threads:
 
 @dataclass(slots=True)
 class Visits:
-    """Joined events of each thread: attempts to collapse, then the scan that they belong to.
-
-    Attributes:
-        scans: scans so far.
-    """
+    """Joined events of each thread: attempts to collapse, then the scan that they belong to."""
 
     scans: list[Scan] = field(default_factory=list)
     _attempts: Counter[int] = field(default_factory=Counter)

@@ -76,11 +76,8 @@ class LiveAddressSpace(ProcessSpace):
 
     Args:
         process: the process; closed with this object.
-        sysfs: the THP directory of the machine.
 
     Attributes:
-        process: the process.
-        sysfs: the THP directory.
         guarded: for this process itself: whether others may use memory that is being moved. Set it beforehand.
     """
 

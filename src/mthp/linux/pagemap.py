@@ -38,7 +38,6 @@ class Pagemap(Closing):
         process: the process; the caller keeps it open and closes it.
 
     Attributes:
-        process: the process.
         can_scan: whether this kernel has PAGEMAP_SCAN.
 
     Raises:

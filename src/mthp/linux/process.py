@@ -36,7 +36,6 @@ class ProcStat:
 
     Attributes:
         state: one letter; Z a zombie, X dead.
-        ppid: PID of its parent.
         flags: ``PF_*`` of include/linux/sched.h.
         minflt, majflt: faults without input and output, and faults with it.
         threads: number of its threads; an exited first thread counts.
@@ -66,9 +65,7 @@ class Process(Closing):
         target: a PID, or ``"self"``.
 
     Attributes:
-        pid: its number.
         comm: its name in the kernel (at most 15 bytes).
-        is_self: whether it is this process.
         pidfd: its file descriptor from pidfd_open(2).
         starttime: its start, in clock ticks since boot.
 

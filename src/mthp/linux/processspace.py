@@ -8,12 +8,7 @@ from mthp.linux.sysfs import ThpSysfs
 
 
 class ProcessSpace(AddressSpace):
-    """The address space of a process of this machine.
-
-    Attributes:
-        process: the process.
-        sysfs: the THP directory of the machine.
-    """
+    """The address space of a process of this machine."""
 
     process: Process
     sysfs: ThpSysfs

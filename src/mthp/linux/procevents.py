@@ -218,11 +218,7 @@ class ProcConnector:
 
 
 class ProcPolling:
-    """A source that polls for new processes.
-
-    Args:
-        proc: mount point of proc.
-    """
+    """A source that polls for new processes."""
 
     name = "reading /proc"
 

@@ -29,7 +29,6 @@ class ThpSysfs:
 
     Args:
         root: the directory; tests have one of their own.
-        vmstat: the file of the counters.
     """
 
     def __init__(self, root: Path = THP_ROOT, vmstat: Path = VMSTAT) -> None:

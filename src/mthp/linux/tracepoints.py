@@ -41,7 +41,6 @@ class Format:
     """The layout of an event's records.
 
     Attributes:
-        name: name of the event.
         number: its ID in this boot of the machine.
         fields: offset of each number, and its code for :mod:`struct`.
         symbols: the words for the numbers of a field.
@@ -104,7 +103,6 @@ def read_formats(root: Path, group: str, names: Sequence[str]) -> list[Format]:
 
     Args:
         root: mount point of tracefs.
-        group: group of the events.
 
     Raises:
         NotPermittedError: these rights cannot read them.
@@ -130,7 +128,6 @@ class Event:
 
     Attributes:
         time_ns: time by the clock of perf.
-        name: name of the tracepoint.
         values: its fields, as :meth:`Format.read` returns them.
     """
 
@@ -144,9 +141,6 @@ class Tracepoints(Closing):
 
     Attributes:
         lost: number of events that found no room because they were not read in time.
-
-    Args:
-        formats: formats of the tracepoints.
 
     Raises:
         NotPermittedError, UnsupportedError, MthpError: the kernel does not open them.

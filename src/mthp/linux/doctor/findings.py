@@ -33,9 +33,6 @@ class Finding:
 
     Attributes:
         key: a stable word for scripts.
-        title: the subject.
-        state: whether it works.
-        what: the facts.
         remedy: a way to improve it: a capability, a setting, a kernel, a package; or ``""``.
     """
 
@@ -52,8 +49,6 @@ class Examination:
 
     Attributes:
         kernel: its release.
-        geometry: page and folio sizes of the machine.
-        has_thp: whether this kernel has THP at all.
         findings: in the order of their interest to users.
     """
 
@@ -75,15 +70,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts from which questions are answered.
-
-    Attributes:
-        thp: the THP directory.
-        proc: mount point of proc.
-        geometry: page and folio sizes of the machine.
-        probed: results of the trials.
-        rights: rights of this process.
-    """
+    """The facts from which questions are answered."""
 
     thp: ThpSysfs
     proc: Path

@@ -48,11 +48,7 @@ def lack(mm: Path) -> tuple[str, str]:
 
 
 class IdlePages:
-    """Idle page tracking as a source of accesses.
-
-    Args:
-        mm: the directory ``/sys/kernel/mm``.
-    """
+    """Idle page tracking as a source of accesses."""
 
     def __init__(self, mm: Path = Path("/sys/kernel/mm")) -> None:
         self._path = mm / BITMAP

@@ -31,11 +31,7 @@ _REFERENCED = re.compile(rb"^Referenced:\s+(\d+) kB", re.MULTILINE)
 
 
 def lack(proc: Path) -> tuple[str, str]:
-    """Return why the young bits cannot be used, and the remedy; empty texts if they can.
-
-    Args:
-        proc: the directory ``/proc``.
-    """
+    """Return why the young bits cannot be used, and the remedy; empty texts if they can."""
     if not (proc / "self/clear_refs").exists():
         return "this kernel has no clear_refs", "a kernel with CONFIG_PROC_PAGE_MONITOR"
     return "", ""

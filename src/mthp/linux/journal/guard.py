@@ -169,11 +169,7 @@ def _opened(stack: contextlib.ExitStack, fd: int) -> int:
 
 
 def _interpreter() -> str:
-    """Return the path of a Python like this one: in a program that embeds Python, `sys.executable` is that program.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
+    """Return the path of a Python like this one: in a program that embeds Python, `sys.executable` is that program."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for path in (sys.executable, f"{sys.base_exec_prefix}/bin/{name}"):
         if path and Path(path).name.startswith("python") and os.access(path, os.X_OK):

@@ -114,7 +114,6 @@ def settle(
     The caller holds the lock, so the writers of all other entries are dead.
 
     Args:
-        files: the journal.
         but: entries that were put back before; if a switch has the same word now, it was set since.
         write: as for :func:`put_back`.
 

@@ -70,7 +70,6 @@ class Watcher:
     """The watcher of one owner.
 
     Args:
-        files: the journal.
         owner: prefix of its entries.
         status: the watcher's end of the pipe to it.
     """

@@ -66,7 +66,6 @@ class FrozenProcess(ProcessMemory):
         worker_timeout_ns: nanoseconds that the thread with injected code may take to stop, or to get on.
 
     Attributes:
-        machine: architecture of the target.
         threads: the state of each thread that was seen, by TID.
         begun_ns: start of :meth:`stop`, by :func:`time.perf_counter_ns`.
     """
@@ -149,11 +148,7 @@ class FrozenProcess(ProcessMemory):
         return [tid for tid in task_ids(self.process) if tid not in self.threads]
 
     def _stop(self, tids: list[int]) -> Stopped | None:
-        """Stop those of `tids` that are not exiting; return None if all are.
-
-        Raises:
-            CannotStopError, NotPermittedError: as :meth:`stop`.
-        """
+        """Stop those of `tids` that are not exiting; return None if all are."""
         part = self._like if self._like is not None and self._like.tids == tids else Stopped(self.machine, tids)
         # Recorded before any error can occur, because every seized thread must be released.
         self.threads |= {tid: Tracee(tid) for tid in tids}
@@ -227,9 +222,6 @@ class FrozenProcess(ProcessMemory):
 
         Args:
             together: the columns of these threads, if one table of calls can wait for them.
-
-        Raises:
-            CannotStopError: the time is up.
         """
         waiting = tids
         stops = together.wait() if together else None

@@ -309,12 +309,7 @@ def _function() -> Callable[[int], int]:
 
 
 def _userfaultfd(*, guarded: bool) -> int:
-    """Return a new userfaultfd of this process.
-
-    Raises:
-        NotPermittedError: it may not handle faults in the kernel.
-        UnsupportedError: the kernel cannot move pages.
-    """
+    """Return a new userfaultfd of this process."""
     # The guard waits in faults of the kernel, too: without it a system call of another thread that uses the block fails
     # with EFAULT. It takes privilege (userfaultfd_syscall_allowed, fs/userfaultfd.c in 6.18).
     flags = os.O_CLOEXEC | (0 if guarded else UFFD_USER_MODE_ONLY)
@@ -333,11 +328,7 @@ def _userfaultfd(*, guarded: bool) -> int:
 
 
 def _map(size: int, protection: int, flags: int = 0) -> int:
-    """Map `size` bytes of private memory.
-
-    Raises:
-        MthpError: there is no room.
-    """
+    """Map `size` bytes of private memory."""
     address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
     if address == ctypes.c_void_p(-1).value:
         raise MthpError(f"mmap: {os.strerror(ctypes.get_errno())}")

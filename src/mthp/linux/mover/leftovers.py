@@ -51,8 +51,6 @@ class Leftover:
     """The remains of a mover in a process.
 
     Attributes:
-        pid: the process.
-        start, end: addresses of the mappings.
         uffd: descriptor of the userfaultfd, -1 if there is none.
     """
 
@@ -119,7 +117,6 @@ class Removed:
     """A leftover after the attempt to remove it.
 
     Attributes:
-        pid, start, uffd: those of the leftover.
         reason: why it was not removed; "" if it was.
     """
 

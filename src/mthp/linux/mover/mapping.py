@@ -26,7 +26,6 @@ class Mapping:
     """A line of /proc/PID/maps.
 
     Attributes:
-        start, end: addresses.
         permissions: letters such as ``rw-p``.
         offset: offset in the file, in bytes.
         device, inode: those of the file; an inode of 0 means no file.

@@ -104,10 +104,7 @@ class _Batch:
     """Blocks that are moved together.
 
     Attributes:
-        blocks: all of them.
-        means: permitted costs.
         last_pid: the last PID that the system had given out before the process was checked.
-        outcomes: outcomes so far, by block.
     """
 
     blocks: Sequence[Block]
@@ -145,11 +142,7 @@ class _Batch:
 
 
 class Mover(Closing):
-    """A mover of blocks of one process to folios of their orders.
-
-    Args:
-        hold: keeps other users of its blocks away.
-    """
+    """A mover of blocks of one process to folios of their orders."""
 
     def __init__(self, target: MoveTarget, hold: Hold, journal: SwitchJournal) -> None:
         self._target = target

@@ -19,7 +19,6 @@ class MoveTarget:
 
     Attributes:
         process: the process; the caller keeps it open and closes it.
-        geometry: page and folio sizes of this machine.
         read: function that reads the page table entries of segments, one after another.
         mapcounts: function that returns how often each page of such entries is mapped, if they have frame numbers.
     """

@@ -39,12 +39,7 @@ _PROGRAM_HEADER = struct.Struct("=2I6Q")
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Zero padding behind code.
-
-    Attributes:
-        start, end: addresses.
-        mapping: the mapping that contains it.
-    """
+    """Zero padding behind code."""
 
     start: int
     end: int
@@ -138,7 +133,6 @@ def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, 
 
     Args:
         slot: its addresses.
-        occupant: the thread that ran it.
         pointers: TID, program counter and stack pointer of every thread.
     """
     for tid, pc, stack in pointers:

@@ -85,11 +85,7 @@ class Recheck(Closing):
         self._pagemap.close()
 
     def objections(self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before) -> list[Objection | None]:
-        """Return the reason not to move each block after all, or None.
-
-        Args:
-            before: the facts found before the stop.
-        """
+        """Return the reason not to move each block after all, or None."""
         if objection := self._process_objection(before):
             return [objection] * len(blocks)
         vmas = before.vmas

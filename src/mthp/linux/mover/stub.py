@@ -88,8 +88,6 @@ class Layout:
         threads: number of contexts.
         operations: number of operations.
         scratch_size: size of the scratch area, as large as the largest block.
-        machine: architecture of its code.
-        page_size: page size of the target.
     """
 
     base: int

@@ -24,9 +24,6 @@ class ProcessMemory(Closing):
 
     Args:
         process: the process; the caller keeps it open and closes it.
-
-    Attributes:
-        process: the process.
     """
 
     def __init__(self, process: Process) -> None:

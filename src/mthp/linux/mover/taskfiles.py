@@ -21,8 +21,6 @@ class Thread:
     """Fields of ``/proc/PID/task/TID/status`` (proc_pid_status(5)); every user may read them all.
 
     Attributes:
-        tid: its number.
-        comm: its name.
         state: one letter; D is uninterruptible sleep.
         tracer: TID of the thread that traces it, 0 if there is none.
         seccomp: 0 none, 1 strict, 2 a filter.

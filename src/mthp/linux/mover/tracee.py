@@ -51,8 +51,6 @@ class Stopped:
         tids: numbers of the threads; at least one.
 
     Attributes:
-        machine: architecture of their registers.
-        tids: numbers of the threads.
         inner_tids: their numbers in the PID namespace of their process; empty until they are first needed.
         registers: those of the stop, after the repair of an EINTR that only the stop caused: uint64, shape
             (threads, words).
@@ -293,8 +291,6 @@ class Tracee:
     """One thread of the target.
 
     Attributes:
-        tid: its number.
-        state: its state.
         row: its row in `stopped`.
     """
 

@@ -46,7 +46,6 @@ class SplitBlocks(Closing):
     """A maker of folios below the PMD order in the memory of one process.
 
     Args:
-        space: address space of the process.
         ability: the kernel's ability to split; found by trials if None.
         file: the file to split by; the system's if None.
         clock: the time, in seconds.
@@ -127,11 +126,7 @@ class SplitBlocks(Closing):
     def _range(
         self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom, share: float
     ) -> dict[Block, BlockOutcome]:
-        """Make the blocks of one PMD range, if they are at least this share of its contents; return their outcomes.
-
-        Raises:
-            As :meth:`collapse`.
-        """
+        """Make the blocks of one PMD range, if they are at least this share of its contents; return their outcomes."""
         begin = time.perf_counter_ns()
         geometry = self._geometry
         columns = self._space.read([(start, start + geometry.pmd_size)])
@@ -172,9 +167,6 @@ class SplitBlocks(Closing):
 
         Returns:
             Result and reason of the blocks in these parts.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         results = {}
         for part in refused:
@@ -188,11 +180,7 @@ class SplitBlocks(Closing):
         return results
 
     def _left_filled(self, folio: LargeFolio | None, layout: RangeLayout) -> int:
-        """Return the number of zero-filled pages that the collapse added outside of the blocks and that still exist.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Return the number of zero-filled pages that the collapse added outside of the blocks and that still exist."""
         columns = self._settled(layout)
         # Compaction may have moved the folio, or a part of it, to other frames between two steps (migrate_pages(),
         # mm/migrate.c): such parts are still whole, and are divided where they are now.
@@ -224,7 +212,6 @@ def moved_folios(
 
     Args:
         folio: the folio of the whole range after its collapse; None if it was not found.
-        layout: the layout of the range.
         columns: the present entries of the range.
         page_size: in bytes.
     """
@@ -253,11 +240,7 @@ class _ListedMappings:
         self._vmas: list[Vma] = []
 
     def at(self, start: int) -> tuple[Vma | None, Refusal | None]:
-        """Return the mapping in which the PMD range at `start` begins, and the reason not to collapse there, or None.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Return the mapping in which the PMD range at `start` begins, and the reason not to collapse there, or None."""
         # An old listing does no harm: the kernel checks the mapping itself (hugepage_vma_revalidate(),
         # mm/khugepaged.c), and memory that was locked since keeps its fill, which is reported.
         is_old = self._clock() < self._until

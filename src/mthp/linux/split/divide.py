@@ -40,7 +40,6 @@ class LargeFolio:
     Attributes:
         address: address of its first page.
         pfn: its first frame.
-        order: its order.
     """
 
     address: int
@@ -53,9 +52,6 @@ class FolioDivider(Closing):
 
     Args:
         process: owner of the folios; the caller keeps it open and closes it.
-        geometry: page and folio sizes of the machine.
-        pagemap: reader of the process's pagemap.
-        folios: reader of kpageflags.
         file: the file to split by; None if there is only MADV_COLD.
         offset: whether the kernel can split around a page, see :class:`~mthp.linux.split.file.SplitAbility`.
         sleep: lets some seconds pass between two tries.
@@ -204,11 +200,7 @@ class FolioDivider(Closing):
         return error
 
     def _write(self, address: int, order: int, at: int | None = None) -> bool:
-        """Write to the file; return whether the kernel accepted it.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Write to the file; return whether the kernel accepted it."""
         # The file takes a PID, which must not be that of another process by now.
         self._process.check_alive()
         if self._file is None:

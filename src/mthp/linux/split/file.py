@@ -219,7 +219,6 @@ class _Trial:
     """One PMD range of this process, of which only the first page was written.
 
     Args:
-        start: its address.
         forget: function that empties it.
     """
 
@@ -242,11 +241,7 @@ class _Trial:
             raise _UntriedError(f"not tried, since MADV_COLLAPSE of memory of this process fails: {os.strerror(error)}")
 
     def shows(self, act: Callable[[], object], wanted: Callable[[], bool]) -> bool:
-        """Return whether a new folio is `wanted` after `act`; failures from passing references are tried again.
-
-        Raises:
-            _UntriedError: as :meth:`collapse`.
-        """
+        """Return whether a new folio is `wanted` after `act`; failures from passing references are tried again."""
         for _ in range(TRIALS):
             self.collapse()
             act()

@@ -87,11 +87,7 @@ class _Target:
 
 
 def refuse_process(process: Process, geometry: Geometry, means: Means = USUAL_MEANS) -> list[Refusal]:
-    """Return the refusals of `process` at this moment; empty if it may be moved.
-
-    Args:
-        means: permitted costs for the target and the machine.
-    """
+    """Return the refusals of `process` at this moment; empty if it may be moved."""
     target = _Target(process, geometry, means)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
     if refusal := _not_permitted(target):
