@@ -210,37 +210,21 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
         MthpError: no daemon is running, it does not answer, or it refuses.
         NotPermittedError: this user may not use its socket.
     """
-    request = json.dumps({"command": command} | values).encode() + b"\n"
-    parts: list[bytes] = []
-    deadline = time.monotonic() + ANSWER_TIMEOUT
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(CLIENT_TIMEOUT)
-        try:
-            _connect(sock, str(path), deadline)
-            sock.sendall(request)
-            while not parts or not parts[-1].endswith(b"\n"):
-                part = sock.recv(1 << 16)
-                if not part:
-                    break
-                parts.append(part)
-                if sum(map(len, parts)) > MAX_UNREAD or time.monotonic() > deadline:
-                    raise MthpError(
-                        f"the answer of the process that listens at {path} does not end",
-                        help="find the process with: ss -xlp",
-                    )
-        except PermissionError as error:
-            raise NotPermittedError(
-                f"not permitted to ask the daemon at {path}", help="run as root, or as a member of the socket's group"
-            ) from error
-        except TimeoutError:
-            raise MthpError(f"the daemon at {path} does not answer", help="see its log: journalctl -u mthp") from None
-        except OSError as error:
-            raise MthpError(
-                f"no daemon is running at {path}: {error.strerror}",
-                help="start one: mthp daemon, or systemctl start mthp",
-            ) from error
     try:
-        answer = parse_json(b"".join(parts))
+        text = _exchanged(path, json.dumps({"command": command} | values).encode() + b"\n")
+    except PermissionError as error:
+        raise NotPermittedError(
+            f"not permitted to ask the daemon at {path}", help="run as root, or as a member of the socket's group"
+        ) from error
+    except TimeoutError:
+        raise MthpError(f"the daemon at {path} does not answer", help="see its log: journalctl -u mthp") from None
+    except OSError as error:
+        raise MthpError(
+            f"no daemon is running at {path}: {error.strerror}",
+            help="start one: mthp daemon, or systemctl start mthp",
+        ) from error
+    try:
+        answer = parse_json(text)
     except UsageError:
         raise MthpError(f"the daemon at {path} ended in the middle of its answer") from None
     if not isinstance(answer, dict):
@@ -248,6 +232,24 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
     if "error" in answer:
         raise MthpError(str(answer["error"]), help=str(answer.get("help", "")))
     return answer
+
+
+def _exchanged(path: Path, request: bytes) -> bytes:
+    """Send a request to the socket, and return the answer, or the part of it that came before the other end closed."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT
+    answer = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(CLIENT_TIMEOUT)
+        _connect(sock, str(path), deadline)
+        sock.sendall(request)
+        while not answer.endswith(b"\n") and (part := sock.recv(1 << 16)):
+            answer += part
+            if len(answer) > MAX_UNREAD or time.monotonic() > deadline:
+                raise MthpError(
+                    f"the answer of the process that listens at {path} does not end",
+                    help="find the process with: ss -xlp",
+                )
+    return bytes(answer)
 
 
 LOCK_NAME = "daemon.lock"

@@ -200,12 +200,11 @@ class EventLog:
     def write(self, event: str, **values: Any) -> None:
         """Append one event. Never fails."""
         with self._turn:
-            lines = []
-            if self.lost:
-                lines.append(_line("lost", {"count": self.lost}))
-            lines.append(_line(event, values))
             # A line that a full disk cut short is ended first, so that readers can skip it.
-            text = (b"\n" if self._cut else b"") + b"".join(lines)
+            text = b"\n" if self._cut else b""
+            if self.lost:
+                text += _line("lost", {"count": self.lost})
+            text += _line(event, values)
             try:
                 written = os.write(self._fd, text)
             except OSError as error:

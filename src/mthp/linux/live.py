@@ -81,10 +81,10 @@ class LiveAddressSpace(ProcessSpace):
         guarded: for this process itself: whether others may use memory that is being moved. Set it beforehand.
     """
 
-    def __init__(self, process: Process, sysfs: ThpSysfs | None = None) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
         self.guarded = True
-        self.sysfs = sysfs or ThpSysfs()
+        self.sysfs = ThpSysfs()
         self._geometry = self.sysfs.geometry()
         self._pagemap = Pagemap(process)
         self._folios, self._no_folios = _open_folios(self._geometry)

@@ -33,15 +33,3 @@ Not promised: references that the kernel cannot see as pins (pages in a pipe aft
 write into the target at that moment (process_vm_writev(2), /proc/PID/mem); the rest of an interrupted read or write
 that had transferred a part.
 """
-
-from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.pause import Pause
-from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import CannotStopError
-
-__all__ = [
-    "CannotStopError",
-    "FrozenProcess",
-    "MoverSession",
-    "Pause",
-]

@@ -44,6 +44,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.mover.callbatches import executable
+from mthp.linux.mover.hold import Hold
 from mthp.linux.mover.outcome import LostBytesError, reason_of_move, result_of_move
 from mthp.linux.mover.recheck import Before
 from mthp.linux.mover.refuse.block import SpecialRanges
@@ -116,8 +117,8 @@ THREAD_MARGIN = 4096
 _no_fork = threading.Lock()
 
 
-class BlockGuard(Closing):
-    """A hold on blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
+class BlockGuard(Hold):
+    """A hold on blocks of this process: threads that touch them wait.
 
     Args:
         guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Otherwise
@@ -130,8 +131,6 @@ class BlockGuard(Closing):
         "shared_vm_unknown",
     }
     """Refusals that apply only to processes stopped from outside."""
-
-    checks_again = False
 
     def __init__(self, geometry: Geometry, *, guarded: bool = True) -> None:
         self._geometry = geometry
@@ -181,13 +180,6 @@ class BlockGuard(Closing):
                 BlockOutcome(*block, result_of_move(error), reason_of_move(error), elapsed_ns=elapsed, errno=error)
                 for block, error in zip(part, errors, strict=True)
             ]
-
-    def take_pauses(self) -> list[int]:
-        """Return none: no thread is stopped."""
-        return []
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to close between two orders."""
 
 
 class OwnMover(Closing):

@@ -4,7 +4,7 @@
    every block.
 2. *Switch*, order by order: set the machine's switches so that a fault brings a folio of just this order
    (:mod:`mthp.linux.journal`).
-3. *Move*, window by window. A :class:`Hold` keeps every other user of the blocks away while they are moved. Only the
+3. *Move*, window by window. A :class:`~mthp.linux.mover.hold.Hold` keeps every other user of the blocks away while they are moved. Only the
    hold differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`);
    in this process a userfaultfd blocks threads that touch a block (:mod:`~mthp.linux.mover.guarded`).
 4. *Verify*: after wrong bytes nothing of this process is moved any more.
@@ -15,10 +15,8 @@ Every block has an outcome, whatever happens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -28,10 +26,11 @@ from mthp.linux import procfs
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.guarded import BlockGuard
+from mthp.linux.mover.hold import Hold
 from mthp.linux.mover.movetarget import MoveTarget
 from mthp.linux.mover.outcome import LostBytesError
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, has_userfaultfd, zero_pages_of
-from mthp.linux.mover.refuse.block import SpecialRanges, objection_of, refuse_blocks, special_ranges
+from mthp.linux.mover.refuse.block import objection_of, refuse_blocks, special_ranges
 from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.refuse.process import PASSING, refuse_process
 from mthp.linux.mover.refuse.sharing import last_pid
@@ -48,48 +47,6 @@ VMAS_AGE_NS = 200_000_000
 
 VMAS_SHARE = 0.1
 """The share of the time that reading the list may take, where reading takes long."""
-
-
-class Hold(Protocol):
-    """A hold on some blocks that keeps other users away while these blocks are moved."""
-
-    @property
-    def waived(self) -> frozenset[str]:
-        """Return the keys of refusals that do not apply to this hold."""
-
-    @property
-    def checks_again(self) -> bool:
-        """Return whether it notices changes since the check, so that an older list of mappings is good enough."""
-
-    def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
-        """Do nothing if the blocks can have outcomes under these conditions.
-
-        Raises:
-            UnsupportedError: the call itself is refused.
-        """
-
-    def too_large(self, order: int) -> range:
-        """Return the orders with folios that would fit where one of `order` is wanted."""
-
-    def around(self, special: SpecialRanges) -> SpecialRanges:
-        """Return `special` plus adjoining memory that may be used until the blocks are held."""
-
-    def ready(self, order: int) -> AbstractContextManager[object]:
-        """Return the context that has to be open while blocks of `order` are moved."""
-
-    def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
-        """Move blocks of one order; yield the outcomes window by window, in any order.
-
-        Raises:
-            LostBytesError: the bytes of a block could not be put back.
-            TargetVanishedError, MthpError: the other blocks are unchanged.
-        """
-
-    def take_pauses(self) -> list[int]:
-        """Return the lengths of the windows since the last call, in nanoseconds."""
-
-    def close(self) -> None:
-        """Close what is open. Closing twice does nothing."""
 
 
 def hold_of(target: MoveTarget, *, guarded: bool = True) -> Hold:

@@ -69,7 +69,6 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         UnsupportedError, NotPermittedError: the target may not have a userfaultfd; nothing was moved.
     """
     layout, worker = injection.layout, injection.worker
-    finished = False
     try:
         # The worker changes SETUP to GO, atomically, and a thread that gives up changes SETUP to ABORT: only one of
         # them can.
@@ -86,10 +85,9 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         frozen.put_back_others(worker)
         injection.take_out()
         reached(Step.UNPARKED)
-        finished = True
-    finally:
-        if not finished:
-            frozen.abandon()
+    except BaseException:
+        frozen.abandon()
+        raise
     stage, error = stub.unpack_preparation(prepared)
     if error:
         raise explain_preparation(frozen.process.label, stage, error)

@@ -20,7 +20,6 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.mover import stub
@@ -29,19 +28,19 @@ from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.architecture import Architecture
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, WORKER_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.hold import Hold
 from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.recheck import Before, Recheck
-from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, touches
+from mthp.linux.mover.refuse.block import BlockRefusal, touches
 from mthp.linux.mover.refuse.threads import check_threads
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped
 from mthp.linux.process import Process
 from mthp.means import MAX_PAUSE_NS, PAUSE_SHARE, Means
-from mthp.movechecks import Refusal
 from mthp.ptes import Block
 from mthp.results import BlockOutcome
 
@@ -109,8 +108,8 @@ def all_stopped(frozen: FrozenProcess) -> Iterator[None]:
         frozen.release()
 
 
-class MoverSession(Closing):
-    """A hold on another process, to move its blocks to new folios (:class:`~mthp.linux.mover.mover.Hold`).
+class MoverSession(Hold):
+    """A hold on another process, to move its blocks to new folios.
 
     Between two windows the target contains nothing of it; it keeps only measurements.
 
@@ -135,7 +134,6 @@ class MoverSession(Closing):
         UsageError: `max_pause_ns` or `duty` out of range.
     """
 
-    waived: frozenset[str] = frozenset()
     checks_again = True
 
     def __init__(
@@ -180,30 +178,12 @@ class MoverSession(Closing):
         self._duty = duty
         self._budget.limit(max_pause_ns)
 
-    def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
-        """Do nothing: refusals of another process become the outcome of its blocks."""
-
     def too_large(self, order: int) -> range:
         """Return all larger orders but the PMD's: its folios do not fit where there is a page table."""
         return range(order + 1, self._geometry.pmd_order)
 
-    def around(self, special: SpecialRanges) -> SpecialRanges:
-        """Return `special`: changes until the stop are noticed after it."""
-        return special
-
-    def ready(self, _order: int) -> contextlib.nullcontext[None]:
-        """Return nothing to be opened."""
-        return contextlib.nullcontext()
-
     def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
-        """Move blocks as :meth:`move` does; yield the outcomes of each window before the next is opened, in any order.
-
-        Args:
-            before: the facts that the blocks were checked by; they are checked again after the stop.
-
-        Raises:
-            CannotStopError, TargetVanishedError: as :meth:`move`.
-        """
+        """Move blocks as :meth:`move` does, and check them again after the stop."""
         self.limit(means.max_pause_ns, means.pause_share)
         self._recheck = self._recheck or Recheck(self._process, self._geometry)
         self._check_again = functools.partial(self._recheck.objections, before=before)
@@ -212,7 +192,6 @@ class MoverSession(Closing):
         return self._windows(blocks, verify=means.verify, fill=True)
 
     def take_pauses(self) -> list[int]:
-        """Return the lengths of the windows since the last call, in nanoseconds."""
         pauses, self.pauses = self.pauses, []
         return [pause.total_ns for pause in pauses]
 

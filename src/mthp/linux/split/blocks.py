@@ -240,7 +240,7 @@ class _ListedMappings:
         self._vmas: list[Vma] = []
 
     def at(self, start: int) -> tuple[Vma | None, Refusal | None]:
-        """Return the mapping in which the PMD range at `start` begins, and the reason not to collapse there, or None."""
+        """Return the mapping in which the PMD range at `start` begins, and the reason not to collapse there, if any."""
         # An old listing does no harm: the kernel checks the mapping itself (hugepage_vma_revalidate(),
         # mm/khugepaged.c), and memory that was locked since keeps its fill, which is reported.
         is_old = self._clock() < self._until

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mthp.closing import Closing
 from mthp.linux.processspace import ProcessSpace
 from mthp.linux.split.divide import LargeFolio, divider_of
-from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
+from mthp.linux.split.file import opened, split_ability
 from mthp.ptes import Block
 from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome, in_use
@@ -30,17 +30,14 @@ class Trimmer(Closing):
 
     Args:
         space: address space of the process; the caller keeps it open and closes it.
-        ability: the kernel's ability to split; found by trials if None.
-        file: the file to split by; the system's if None.
 
     Raises:
         NotPermittedError: frames cannot be seen.
     """
 
-    def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
+    def __init__(self, space: ProcessSpace) -> None:
         self._space, self._geometry = space, space.geometry
-        self._ability = split_ability(self._geometry) if ability is None else ability
-        self._file = file
+        self._ability = split_ability(self._geometry)
         # MADV_COLD needs no file, which may have been closed to this process meanwhile.
         self._dividers = {"cold": divider_of(space, None, self._ability)}
 
@@ -56,8 +53,7 @@ class Trimmer(Closing):
         """
         self._ability.require_split() if by == "split" else self._ability.require_cold()
         if by not in self._dividers:
-            file = opened() if self._file is None else self._file
-            self._dividers[by] = divider_of(self._space, file, self._ability)
+            self._dividers[by] = divider_of(self._space, opened(), self._ability)
         return trim_each(
             self._space,
             folios,
