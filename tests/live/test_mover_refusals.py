@@ -240,9 +240,8 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rights over it, only its number is checked."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
-        init = process_refusals._init(process_refusals._Target(space.process, space.geometry, USUAL_MEANS))
-        assert init is not None
-        assert init.key == "init"
+        target_of = process_refusals._Target(space.process, space.geometry, USUAL_MEANS)
+        assert next(process_refusals._process(target_of)).key == "init"
         monkeypatch.undo()
         assert "init" not in refusals(space)
 

@@ -289,25 +289,26 @@ class Daemon:
         # Also if the configuration is refused: the signal may be that of logrotate.
         if self._events is not None:
             self._events.reopen()
+        environment = self.environment
         try:
             configuration = self._load()
         except MthpError as error:
             self.refused_reloads += 1
-            self.environment.reload_at, self.environment.reload_refused = time.time(), True
+            environment.reload_refused = True
             self._say(f"the new configuration is refused, the old one stays: {error.message}")
             self._event("reload_refused", error=error.message)
-            self._notifier.send("READY=1", f"STATUS={self._status_line()}")
-            return
-        self.reloads += 1
-        self.environment.reload_at, self.environment.reload_refused = time.time(), False
-        for name in ("metrics", "events"):
-            if getattr(configuration, name) != getattr(self.environment.configuration, name):
-                self._say(f"{name} has changed: restart the daemon to use it")
-        self._keeping.keep(configuration.keep_max_ptes_none)
-        self.worker.configure(configuration)
-        self.finder.renew()
-        self._say(f"configuration read again: {len(configuration.rules.rules)} rules")
-        self._event("reload", rules=len(configuration.rules.rules))
+        else:
+            self.reloads += 1
+            environment.reload_refused = False
+            for name in ("metrics", "events"):
+                if getattr(configuration, name) != getattr(environment.configuration, name):
+                    self._say(f"{name} has changed: restart the daemon to use it")
+            self._keeping.keep(configuration.keep_max_ptes_none)
+            self.worker.configure(configuration)
+            self.finder.renew()
+            self._say(f"configuration read again: {len(configuration.rules.rules)} rules")
+            self._event("reload", rules=len(configuration.rules.rules))
+        environment.reload_at = time.time()
         self._notifier.send("READY=1", f"STATUS={self._status_line()}")
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import errno
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,18 +80,9 @@ def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
     return "", ""
 
 
-@dataclass(frozen=True, slots=True)
-class Regions:
-    """Regions with their hits: samples of one aggregation that found them used.
-
-    Attributes:
-        start, end: uint64, shape (regions,), in the monitored address space.
-        hits: float64, the same shape.
-    """
-
-    start: NDArray[np.uint64]
-    end: NDArray[np.uint64]
-    hits: NDArray[np.float64]
+Regions = NDArray[np.uint64]
+"""Start and end of regions in the monitored address space, and their hits, the samples of one aggregation that found
+them used: uint64, shape (regions, 3)."""
 
 
 class Damon:
@@ -217,8 +207,7 @@ class Damon:
         for region in (self._context / "schemes/0/tried_regions").iterdir():
             if region.name.isdecimal():
                 rows.append([int((region / name).read_text()) for name in ("start", "end", "nr_accesses")])
-        table = np.array(rows, np.uint64).reshape(-1, 3)
-        return Regions(table[:, 0], table[:, 1], table[:, 2].astype(np.float64))
+        return np.array(rows, np.uint64).reshape(-1, 3)
 
     def _write(self, name: str, text: str) -> None:
         write_file(self._context / name, text)
@@ -248,10 +237,8 @@ class Damon:
 
 def _joined(parts: list[Regions], page_size: int) -> Heat:
     """Return the accesses of all aggregations: a sample that found a region used counts for all of its pages."""
-    start = np.concatenate([np.empty(0, np.uint64), *(part.start for part in parts)])
-    end = np.concatenate([np.empty(0, np.uint64), *(part.end for part in parts)])
-    hits = np.concatenate([np.empty(0), *(part.hits for part in parts)])
-    return Heat.of_spans(start, end, hits * ((end - start).astype(np.float64) / page_size))
+    start, end, hits = np.concatenate([np.empty((0, 3), np.uint64), *parts]).T
+    return Heat.of_spans(start, end, hits.astype(np.float64) * ((end - start).astype(np.float64) / page_size))
 
 
 def _cpu_seconds(pid: str) -> float:

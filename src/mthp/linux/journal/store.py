@@ -168,7 +168,13 @@ class JournalFiles:
             # Files are opened relative to the directory that was checked, never through a symbolic link: root writes to
             # them.
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
-            self._check(self._directory)
+            status = os.fstat(self._directory)
+            # Another user could exchange the journal, and so have root set switches.
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise NotPermittedError(
+                    f"{root} belongs to another user, or others may write in it",
+                    help="remove it, or change its owner to this user and its mode to 0700",
+                )
             self._lock = self._keep(self._open(LOCK_NAME))
             self._journal = self._keep(self._open(JOURNAL_NAME))
         except OSError as error:
@@ -191,15 +197,6 @@ class JournalFiles:
             os.close(fd)
             raise OSError(errno.EINVAL, f"{name} is not a regular file")
         return fd
-
-    def _check(self, fd: int) -> None:
-        status = os.fstat(fd)
-        # Another user could exchange the journal, and so have root set switches.
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise NotPermittedError(
-                f"{self._root} belongs to another user, or others may write in it",
-                help="remove it, or change its owner to this user and its mode to 0700",
-            )
 
     def lock(self, timeout: float) -> None:
         """Wait until no other process is in a window.

@@ -19,6 +19,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
@@ -63,9 +64,8 @@ class SwitchJournal:
         self._changes: list[Change] = []
         self._files: JournalFiles | None = None
 
-    @contextlib.contextmanager
-    def only(self, order: int, *, off: Container[int] | None = None) -> Iterator[None]:
-        """Open a window in which `order` is the only enabled size.
+    def only(self, order: int, *, off: Container[int] | None = None) -> AbstractContextManager[None]:
+        """Return a window in which `order` is the only enabled size.
 
         Switches that are off, or inherit from a top-level ``never``, are not touched.
 
@@ -78,12 +78,10 @@ class SwitchJournal:
             NotPermittedError: these rights cannot set switches, or the journal's directory has another owner.
             MthpError: another process did not finish its window in time.
         """
-        with self._window(lambda: self._wanted(order, off)):
-            yield
+        return self._window(lambda: self._wanted(order, off))
 
-    @contextlib.contextmanager
-    def settings(self, wanted: Mapping[str, str]) -> Iterator[None]:
-        """Open a window in which switches of sizes and tunables of khugepaged are as `wanted`, set in that order.
+    def settings(self, wanted: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Return a window in which switches of sizes and tunables of khugepaged are as `wanted`, set in that order.
 
         Args:
             wanted: words by path below the THP directory, such as ``"khugepaged/pages_to_scan"``.
@@ -92,8 +90,7 @@ class SwitchJournal:
             UnsupportedError: this kernel lacks one of them.
             NotPermittedError, MthpError: as :meth:`only`.
         """
-        with self._window(lambda: self._differing(wanted)):
-            yield
+        return self._window(lambda: self._differing(wanted))
 
     def keep(self, wanted: Mapping[str, str]) -> None:
         """Set the words in `wanted`, as :meth:`settings`, until :meth:`release` or the end of this process.

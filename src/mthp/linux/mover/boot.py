@@ -47,12 +47,7 @@ class BootedThread:
     """
 
     def __init__(
-        self,
-        frozen: FrozenProcess,
-        tracee: Tracee,
-        slot: int,
-        calls: _Calls,
-        layout: stub.Layout | None,
+        self, frozen: FrozenProcess, tracee: Tracee, slot: int, calls: _Calls, layout: stub.Layout | None
     ) -> None:
         self.tracee = tracee
         self._frozen = frozen

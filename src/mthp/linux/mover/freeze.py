@@ -22,15 +22,7 @@ from mthp.linux.mover.refuse.threads import check_thread
 from mthp.linux.mover.steps import Step, reached
 from mthp.linux.mover.targetmemory import ProcessMemory
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
-from mthp.linux.mover.tracee import (
-    BORROWED_STATES,
-    STANDING,
-    WALL,
-    CannotStopError,
-    Stopped,
-    Tracee,
-    TraceeState,
-)
+from mthp.linux.mover.tracee import BORROWED_STATES, STANDING, WALL, CannotStopError, Stopped, Tracee, TraceeState
 from mthp.linux.process import Process
 
 STOP_TIMEOUT_NS = 200_000_000

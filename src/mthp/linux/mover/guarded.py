@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
+from mthp.linux import abi
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.mover.callbatches import executable
 from mthp.linux.mover.hold import Hold
@@ -106,7 +107,6 @@ _libc.syscall.restype = ctypes.c_long
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 STACK_MARGIN = 64 << 10
 """Bytes that a thread may move its stack pointer between the check and the call."""
@@ -222,12 +222,12 @@ class OwnMover(Closing):
         """
         if fill:
             for address in addresses.tolist():
-                _libc.madvise(address, self.size, MADV_POPULATE_WRITE)
+                abi.madvise(address, self.size, MADV_POPULATE_WRITE)
         errors = self._move(addresses)
         # Pages once shared with a child that has exited become exclusive only when they are written again.
         again = np.flatnonzero((errors == errno.EBUSY) | (errors == errno.EAGAIN))
         for address in addresses[again].tolist():
-            _libc.madvise(address, self.size, MADV_POPULATE_WRITE)
+            abi.madvise(address, self.size, MADV_POPULATE_WRITE)
         if len(again):
             errors[again] = self._move(addresses[again])
         return errors

@@ -80,7 +80,7 @@ class Place:
         try:
             for padding in self.padding:
                 # execve(2) keeps the PID; writing into another program's code would be fatal.
-                if not padding.mapping.is_like(query_mapping(frozen.process, maps, padding.start)):
+                if padding.mapping != query_mapping(frozen.process, maps, padding.start):
                     raise TargetVanishedError(
                         f"process {frozen.process.label} has another address space than before",
                         help="it executed a program",
@@ -106,18 +106,17 @@ class Injection:
 
     Attributes:
         layout: addresses of its parts.
-        worker: the thread that mapped it, and that moves the blocks.
+        booted: the worker, the thread that mapped it and that moves the blocks.
     """
 
     layout: stub.Layout
-    worker: Tracee
+    booted: BootedThread
     _frozen: FrozenProcess = field(repr=False)
-    _booted: BootedThread = field(repr=False)
 
     @property
-    def unmap(self) -> int:
-        """Return the address of the code, outside of the mapping, that unmaps it."""
-        return self._booted.unmap
+    def worker(self) -> Tracee:
+        """Return the thread that moves the blocks."""
+        return self.booted.tracee
 
     def take_out(self) -> None:
         """Make the worker unmap everything, and put it back. All other threads already have their own registers.
@@ -131,32 +130,21 @@ class Injection:
         with contextlib.suppress(MthpError):
             self._frozen.write(start, stub.UNMAP_ALL.to_bytes(8, sys.byteorder))
         reached(Step.UNMAPPING)
-        self._booted.await_that(lambda: not self._is_mapped())
+        mapped = self.layout.header + stub.MAPPED_OFFSET
+        self.booted.await_that(lambda: word_at(self._frozen.process.pid, mapped) is None)
         reached(Step.UNMAPPED)
         # The only stop on the way: on a busy machine waiting for a thread to run again takes longer than all its work.
-        if not self._booted.stop():
+        if not self.booted.stop():
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
         reached(Step.FETCHED)
-        if self._booted.is_inside:
-            self._booted.put_back()
+        if self.booted.is_inside:
+            self.booted.put_back()
         else:
             # It has restored itself; its present state counts.
             self._frozen.examine_again(self.worker.tid)
 
-    def _is_mapped(self) -> bool:
-        return words_at(self._frozen.process.pid, self.layout.header + stub.MAPPED_OFFSET) is not None
 
-    def await_mapping(self) -> None:
-        """Wait until the worker has mapped everything.
-
-        Raises:
-            RemoteError, TargetVanishedError, CannotStopError: as :meth:`BootedThread.await_that`.
-        """
-        at = self.layout.header + stub.MAPPED_OFFSET
-        self._booted.await_that(lambda: words_at(self._frozen.process.pid, at) == 1)
-
-
-def words_at(pid: int, address: int) -> int | None:
+def word_at(pid: int, address: int) -> int | None:
     """Return the 64-bit word at `address` in the memory of `pid`; None if nothing is mapped there."""
     words = read_words(pid, np.array([address], np.uint64))
     return None if words is None else int(words[0])
@@ -178,12 +166,12 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
     frozen.check_thread(worker.tid)
     layout = replace(planned, base=place.base)
     booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout)
-    # From start() on the thread needs no tracer: without one it unmaps everything and restores itself.
-    injection = Injection(layout, worker, frozen, booted)
+    mapped = layout.header + stub.MAPPED_OFFSET
     begun = False
     try:
+        # From here on the thread needs no tracer: without one it unmaps everything and restores itself.
         booted.start()
-        injection.await_mapping()
+        booted.await_that(lambda: word_at(frozen.process.pid, mapped) == 1)
         begun = True
     except RemoteError as error:
         # All is unmapped again: the thread waits behind its last call.
@@ -195,7 +183,7 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
             # The thread goes on without a tracer.
             frozen.abandon()
     reached(Step.MAPPED)
-    return injection
+    return Injection(layout, booted, frozen)
 
 
 def _calls(frozen: FrozenProcess, layout: stub.Layout) -> _Calls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mthp.linux.process import Process
 from mthp.text import lines
@@ -29,7 +29,7 @@ class Mapping:
         permissions: letters such as ``rw-p``.
         offset: offset in the file, in bytes.
         device, inode: those of the file; an inode of 0 means no file.
-        name: path of the file; "" where it was not queried.
+        name: path of the file; "" where it was not queried; not compared.
     """
 
     start: int
@@ -38,7 +38,7 @@ class Mapping:
     offset: int
     device: tuple[int, int]
     inode: int
-    name: str = ""
+    name: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, line: bytes) -> Mapping:
@@ -48,13 +48,6 @@ class Mapping:
         major, minor = (int(word, 16) for word in device.split(b":"))
         text = name[0].decode(errors="replace") if name else ""
         return cls(start, end, permissions.decode(), int(offset, 16), (major, minor), int(inode), text)
-
-    def is_like(self, other: Mapping | None) -> bool:
-        """Return whether `other` is the same mapping; names are not compared."""
-        return other is not None and self._key() == other._key()
-
-    def _key(self) -> tuple[int, int, str, int, tuple[int, int], int]:
-        return self.start, self.end, self.permissions, self.offset, self.device, self.inode
 
 
 def read_mappings(process: Process) -> list[Mapping]:

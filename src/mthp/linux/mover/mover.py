@@ -4,9 +4,10 @@
    every block.
 2. *Switch*, order by order: set the machine's switches so that a fault brings a folio of just this order
    (:mod:`mthp.linux.journal`).
-3. *Move*, window by window. A :class:`~mthp.linux.mover.hold.Hold` keeps every other user of the blocks away while they are moved. Only the
-   hold differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`);
-   in this process a userfaultfd blocks threads that touch a block (:mod:`~mthp.linux.mover.guarded`).
+3. *Move*, window by window. A :class:`~mthp.linux.mover.hold.Hold` keeps every other user of the blocks away while they
+   are moved. Only the hold differs: another process is stopped, checked again and made to run a stub
+   (:mod:`~mthp.linux.mover.session`); in this process a userfaultfd blocks threads that touch a block
+   (:mod:`~mthp.linux.mover.guarded`).
 4. *Verify*: after wrong bytes nothing of this process is moved any more.
 
 Every block has an outcome, whatever happens.

@@ -8,7 +8,6 @@ between, also one in this program, is to do nothing: the tracing thread ends, an
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import numpy as np
@@ -50,7 +49,7 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     # Everything that a thread needs to restore itself, before any register is changed.
     frozen.write(layout.base, layout.executable)
     frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks, numbers, worker.row))
-    frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
+    frozen.write(layout.header, stub.pack_header(layout, injection.booted.unmap, operations))
     # From here on, if the tracer dies, the worker waits in the stub for the other threads before it unmaps everything.
     frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
     reached(Step.WRITTEN)
@@ -75,8 +74,7 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         reached(Step.RUNNING)
         # Polling interrupts the worker where both share a processor.
-        state = functools.partial(frozen.read, layout.header, stub.STATE_BYTES)
-        await_worker(frozen, worker.tid, lambda: stub.unpack_state(state()) >= stub.DONE, _POLL_SECONDS)
+        await_worker(frozen, worker.tid, lambda: _state(frozen, layout) >= stub.DONE, _POLL_SECONDS)
         reached(Step.DONE)
         prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
         size = blocks * stub.OPERATION.itemsize
@@ -92,3 +90,7 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     if error:
         raise explain_preparation(frozen.process.label, stage, error)
     return results
+
+
+def _state(frozen: FrozenProcess, layout: stub.Layout) -> int:
+    return int.from_bytes(frozen.read(layout.header, stub.STATE_BYTES), sys.byteorder)

@@ -41,11 +41,12 @@ NOT_TRIED = 1
 """Value of an operation's error field until the worker reaches it; errors are negative, success is 0."""
 
 HEADER_BYTES = 256
+STATE_BYTES = 4
+"""The first bytes of the header."""
 
 NO_STAGE, EMPTY, CREATE, HANDSHAKE, ARM = range(5)
 """Stages of the worker's preparation: empty the scratch memory, then create, handshake and arm a userfaultfd."""
 
-_STATE = "=I"
 _HEADER = "=32Q"
 _PREPARED = struct.Struct("=Qq")
 PREPARED_OFFSET = 80
@@ -199,14 +200,6 @@ def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDAr
     operations["flags"] = flags
     operations["error"] = NOT_TRIED
     return operations
-
-
-STATE_BYTES = struct.calcsize(_STATE)
-
-
-def unpack_state(data: bytes) -> int:
-    """Return the state in the first bytes of the header."""
-    return int(struct.unpack(_STATE, data)[0])
 
 
 def nanoseconds(times: NDArray[np.void]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -89,14 +89,14 @@ class _Target:
 def refuse_process(process: Process, geometry: Geometry, means: Means = USUAL_MEANS) -> list[Refusal]:
     """Return the refusals of `process` at this moment; empty if it may be moved."""
     target = _Target(process, geometry, means)
-    refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
+    refused = [*_process(target), *_threads(target), *_memory(target)]
     if refusal := _not_permitted(target):
         # The other checks read files that these rights do not open.
         return [*refused, refusal]
     try:
-        for check in _BY_TRACERS:
-            if refusal := check(target):
-                refused.append(refusal)
+        # One by one, so that those before an error stay.
+        for refusal in _program(target):
+            refused.append(refusal)
         refused += refuse_files(target.files)
     except NotPermittedError as error:
         # Its owner has changed by execve(2) meanwhile.
@@ -107,118 +107,83 @@ def refuse_process(process: Process, geometry: Geometry, means: Means = USUAL_ME
 # --- Checks without special rights ------------------------------------------------------------------------------------
 
 
-def _itself(target: _Target) -> Refusal | None:
-    if not target.process.is_self:
-        return None
-    return Refusal("itself", "it is this process, which cannot stop itself", "mthp.collapse_buffer moves own memory")
-
-
-def _init(target: _Target) -> Refusal | None:
-    if target.process.pid != 1:
-        return None
-    return Refusal(
-        "init", "it is process 1: the system would end with it if mthp were killed while it prepares the move"
-    )
-
-
-def _ancestor(target: _Target) -> Refusal | None:
-    if target.process.pid not in ancestors():
-        return None
-    return Refusal(
-        "ancestor",
-        "it started this process, which might wait for it while it is stopped",
-        "run mthp from another session",
-    )
-
-
-def _machine(target: _Target) -> Refusal | None:
-    machine = os.uname().machine
-    if machine in ELF_MACHINES:
-        return None
-    return Refusal("machine", f"the mover does not know {machine}", "it knows x86_64 and aarch64")
-
-
-def _traced(target: _Target) -> Refusal | None:
-    # After the stop the tracer is a thread of this program.
-    ours = {int(path.name) for path in Path("/proc/self/task").iterdir()}
-    for thread in target.threads:
-        if thread.tracer and thread.tracer not in ours:
-            return Refusal(
-                "traced",
-                f"thread {thread.tid} is traced by process {thread.tracer}",
-                "end that debugger, strace or other mthp first",
-            )
-    return None
-
-
-def _threads(target: _Target) -> Refusal | None:
-    """Refuse too many threads: each takes time to stop, so that every window of thousands of threads would be long."""
-    threads, pause = int(target.process.status("Threads") or 1), target.means.max_pause_ns
-    most = target.means.max_threads or most_threads(pause)
-    if threads <= most:
-        return None
-    return Refusal(
-        "threads",
-        f"it has {threads} threads, more than {most}: moving {price_of_moving(threads, pause)}",
-        f"accept that (--max-threads {threads}), or allow a longer --max-pause",
-    )
-
-
-def _seccomp(target: _Target) -> Refusal | None:
-    if filtered := [thread for thread in target.threads if thread.seccomp]:
-        return Refusal(
-            "seccomp",
-            f"a seccomp filter guards thread {filtered[0].tid}: a call that it does not know may kill the process",
-            "run it without the filter (in a container --security-opt seccomp=unconfined)",
+def _process(target: _Target) -> Iterator[Refusal]:
+    """Refuse a process that must not be stopped, and a machine or kernel that cannot move pages."""
+    if target.process.is_self:
+        yield Refusal("itself", "it is this process, which cannot stop itself", "mthp.collapse_buffer moves own memory")
+    if target.process.pid == 1:
+        yield Refusal(
+            "init", "it is process 1: the system would end with it if mthp were killed while it prepares the move"
         )
-    return None
-
-
-def _io_uring_threads(target: _Target) -> Refusal | None:
-    # io_uring names its threads iou-sqp-PID and iou-wrk-PID (io_uring/sqpoll.c, io_uring/io-wq.c).
-    if workers := [thread for thread in target.threads if thread.comm.startswith("iou-")]:
-        return Refusal(
-            "io_uring_threads",
-            f"thread {workers[0].tid} ({workers[0].comm}) is the kernel's, which reads and writes its memory for it",
+    if target.process.pid in ancestors():
+        yield Refusal(
+            "ancestor",
+            "it started this process, which might wait for it while it is stopped",
+            "run mthp from another session",
         )
-    return None
-
-
-def _pinned(target: _Target) -> Refusal | None:
-    pinned = (target.process.status("VmPin") or "0 kB").split()[0]
-    if pinned == "0":
-        return None
-    return Refusal("pinned", f"{format_size(int(pinned) << 10)} of it are pinned for devices or io_uring (VmPin)")
-
-
-def _thp_disabled(target: _Target) -> Refusal | None:
-    # Shows only a complete PR_SET_THP_DISABLE (task_thp_status, fs/proc/array.c), not one that excepts advised memory.
-    if target.process.status("THP_enabled") != "0":
-        return None
-    return Refusal("thp_disabled", "the process switched THP off for itself (PR_SET_THP_DISABLE)")
-
-
-def _userfaultfd(target: _Target) -> Refusal | None:
+    if (machine := os.uname().machine) not in ELF_MACHINES:
+        yield Refusal("machine", f"the mover does not know {machine}", "it knows x86_64 and aarch64")
     # Tried by this process: the target's own rights show only when it creates one in the window.
     error, features = probe_userfaultfd()
     if error in (errno.EPERM, errno.EACCES):
-        return Refusal(
+        yield Refusal(
             "userfaultfd_forbidden",
             f"userfaultfd is forbidden: {os.strerror(error)}",
             "run outside the seccomp filter or security module that forbids it",
         )
-    if error == 0 and features & UFFD_FEATURE_MOVE:
-        return None
-    return Refusal(
-        "no_uffdio_move", "this kernel cannot move pages (UFFDIO_MOVE)", "Linux 6.8 or later with CONFIG_USERFAULTFD"
-    )
+    elif error != 0 or not features & UFFD_FEATURE_MOVE:
+        remedy = "Linux 6.8 or later with CONFIG_USERFAULTFD"
+        yield Refusal("no_uffdio_move", "this kernel cannot move pages (UFFDIO_MOVE)", remedy)
 
 
-def _low_memory(target: _Target) -> Refusal | None:
-    """Refuse if memory is short: a move briefly takes a second set of pages; the OOM killer might end the target."""
+def _threads(target: _Target) -> Iterator[Refusal]:
+    """Refuse threads that cannot be traced, that are too many, or that must not run injected code."""
+    # After the stop the tracer is a thread of this program.
+    ours = {0, *(int(path.name) for path in Path("/proc/self/task").iterdir())}
+    if traced := [thread for thread in target.threads if thread.tracer not in ours]:
+        yield Refusal(
+            "traced",
+            f"thread {traced[0].tid} is traced by process {traced[0].tracer}",
+            "end that debugger, strace or other mthp first",
+        )
+    # Each takes time to stop, so that every window of thousands of threads would be long.
+    threads, pause = int(target.process.status("Threads") or 1), target.means.max_pause_ns
+    if threads > (most := target.means.max_threads or most_threads(pause)):
+        yield Refusal(
+            "threads",
+            f"it has {threads} threads, more than {most}: moving {price_of_moving(threads, pause)}",
+            f"accept that (--max-threads {threads}), or allow a longer --max-pause",
+        )
+    if filtered := [thread for thread in target.threads if thread.seccomp]:
+        yield Refusal(
+            "seccomp",
+            f"a seccomp filter guards thread {filtered[0].tid}: a call that it does not know may kill the process",
+            "run it without the filter (in a container --security-opt seccomp=unconfined)",
+        )
+    # io_uring names its threads iou-sqp-PID and iou-wrk-PID (io_uring/sqpoll.c, io_uring/io-wq.c).
+    if workers := [thread for thread in target.threads if thread.comm.startswith("iou-")]:
+        yield Refusal(
+            "io_uring_threads",
+            f"thread {workers[0].tid} ({workers[0].comm}) is the kernel's, which reads and writes its memory for it",
+        )
+
+
+def _memory(target: _Target) -> Iterator[Refusal]:
+    """Refuse memory that is pinned, may not have large folios, is short, or whose threads cannot run."""
+    pinned = (target.process.status("VmPin") or "0 kB").split()[0]
+    if pinned != "0":
+        yield Refusal("pinned", f"{format_size(int(pinned) << 10)} of it are pinned for devices or io_uring (VmPin)")
+    # Shows only a complete PR_SET_THP_DISABLE (task_thp_status, fs/proc/array.c), not one that excepts advised memory.
+    if target.process.status("THP_enabled") == "0":
+        yield Refusal("thp_disabled", "the process switched THP off for itself (PR_SET_THP_DISABLE)")
     membership = target.process.read("cgroup").decode(errors="replace")
-    reserve = as_amount(target.means.reserve)
-    return low_memory(Room(lambda: memory_bounds(membership), reserve), target.geometry)
+    # A move briefly takes a second set of pages, and the OOM killer might end the target.
+    room = Room(lambda: memory_bounds(membership), as_amount(target.means.reserve))
+    if refusal := low_memory(room, target.geometry):
+        yield refusal
+    # Frozen threads stop for a tracer, but run no code until they are thawed (do_freezer_trap).
+    if is_frozen(cgroup_mounts(Path("/proc/self/mountinfo").read_text()), membership):
+        yield Refusal("frozen", "its cgroup is frozen, so it cannot run the code that moves its pages", "thaw it first")
 
 
 def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
@@ -226,15 +191,6 @@ def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
     if room.take(2 * geometry.pmd_size):
         return None
     return Refusal("low_memory", room.reason, "free some memory, raise the limit, or lower the reserve (--reserve)")
-
-
-def _frozen(target: _Target) -> Refusal | None:
-    """Refuse frozen threads: they stop for a tracer, but run no code until they are thawed (do_freezer_trap)."""
-    membership = target.process.read("cgroup").decode(errors="replace")
-    mounts = cgroup_mounts(Path("/proc/self/mountinfo").read_text())
-    if not is_frozen(mounts, membership):
-        return None
-    return Refusal("frozen", "its cgroup is frozen, so it cannot run the code that moves its pages", "thaw it first")
 
 
 # --- Checks with the right to trace -----------------------------------------------------------------------------------
@@ -253,6 +209,33 @@ def _not_permitted(target: _Target) -> Refusal | None:
             "CAP_SYS_PTRACE (run as root), or the same user and kernel.yama.ptrace_scope=0",
         )
     return None
+
+
+def _program(target: _Target) -> Iterator[Refusal]:
+    """Refuse a program that the stub cannot run in, and holders of its memory that would not stop with it."""
+    foreign = _bits(target)
+    if foreign:
+        yield foreign
+    word = int(target.process.read("personality"), 16)
+    # READ_IMPLIES_EXEC makes every readable mapping executable, and so the stub's data.
+    if word & (PER_MASK | READ_IMPLIES_EXEC):
+        yield Refusal(
+            "personality",
+            f"it runs with personality {word:#x}, in which system calls or mappings are not the usual ones",
+            "start it without setarch(8) or an executable stack",
+        )
+    if refusal := _uninterruptible(target):
+        yield refusal
+    if refusal := refuse_sharer(target.process):
+        yield refusal
+    if _MAPPED_IO_URING.search(target.maps) or any(link == "anon_inode:[io_uring]" for link, _ in target.files):
+        yield Refusal("io_uring", "it has an io_uring, which may read or write its memory at any time")
+    if _MAPPED_AIO.search(target.maps):
+        yield Refusal(
+            "aio", "it has a context of asynchronous I/O (io_setup), which may write to its memory at any time"
+        )
+    if foreign is None and (refusal := _padding(target)):
+        yield refusal
 
 
 def _bits(target: _Target) -> Refusal | None:
@@ -285,18 +268,6 @@ def foreign_executable(header: bytes, machine: str) -> Refusal | None:
     return None
 
 
-def _personality(target: _Target) -> Refusal | None:
-    word = int(target.process.read("personality"), 16)
-    # READ_IMPLIES_EXEC makes every readable mapping executable, and so the stub's data.
-    if not word & (PER_MASK | READ_IMPLIES_EXEC):
-        return None
-    return Refusal(
-        "personality",
-        f"it runs with personality {word:#x}, in which system calls or mappings are not the usual ones",
-        "start it without setarch(8) or an executable stack",
-    )
-
-
 def _uninterruptible(target: _Target) -> Refusal | None:
     stuck = [thread.tid for thread in target.threads if thread.state == "D"]
     # Most threads are in state D for a disk access or a page fault only.
@@ -325,57 +296,11 @@ def _call(process: Process, tid: int) -> int:
     return int(words[0]) if len(words) > 2 else -1
 
 
-def _io_uring(target: _Target) -> Refusal | None:
-    if not _MAPPED_IO_URING.search(target.maps) and all(link != "anon_inode:[io_uring]" for link, _ in target.files):
-        return None
-    return Refusal("io_uring", "it has an io_uring, which may read or write its memory at any time")
-
-
-def _aio(target: _Target) -> Refusal | None:
-    if not _MAPPED_AIO.search(target.maps):
-        return None
-    return Refusal("aio", "it has a context of asynchronous I/O (io_setup), which may write to its memory at any time")
-
-
-def _sharer(target: _Target) -> Refusal | None:
-    return refuse_sharer(target.process)
-
-
 def _padding(target: _Target) -> Refusal | None:
     """Refuse a target without padding behind its code, where the boot code runs (:mod:`~mthp.linux.mover.padding`)."""
-    if _bits(target):
-        return None  # Its executable has a refusal of its own.
     try:
         with ProcessMemory(target.process) as memory:
             find_padding(target.process, native().slot_bytes, memory.read)
     except UnsupportedError as error:
         return Refusal("padding", error.message, error.help)
     return None
-
-
-_Check = Callable[[_Target], Refusal | None]
-
-_BY_ANYBODY: tuple[_Check, ...] = (
-    _itself,
-    _init,
-    _ancestor,
-    _machine,
-    _userfaultfd,
-    _traced,
-    _threads,
-    _seccomp,
-    _io_uring_threads,
-    _pinned,
-    _thp_disabled,
-    _low_memory,
-    _frozen,
-)
-_BY_TRACERS: tuple[_Check, ...] = (
-    _bits,
-    _personality,
-    _uninterruptible,
-    _sharer,
-    _io_uring,
-    _aio,
-    _padding,
-)

@@ -30,6 +30,4 @@ def check_thread(process: Process, thread: Thread) -> None:
             help="a filter may kill the process for the mover's calls",
         )
     if thread.comm.startswith("iou-"):
-        raise CannotStopError(
-            f"process {process.label} uses io_uring ({thread.comm}), which may hold its pages",
-        )
+        raise CannotStopError(f"process {process.label} uses io_uring ({thread.comm}), which may hold its pages")
