@@ -12,7 +12,7 @@ import pytest
 
 from mthp.cli import main
 from mthp.daemon import config
-from mthp.daemon.config import Own, parse_configuration
+from mthp.daemon.config import Own
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
 from mthp.lab import grid, scenario, scenariotables
@@ -22,6 +22,7 @@ from mthp.lab.workloads import MODELS
 from mthp.toml import TomlDocument, readers_of, text, whole
 from mthp.tomlexample import UNCOMMENTED, table_text
 from mthp.tunables import Switches, Tunables
+from rules_text import parse_configuration
 
 READERS = {"file": text, "orders": lambda value: value, "limit": whole(0, 511)}
 

@@ -196,20 +196,6 @@ def load_configuration(path: Path, geometry: Geometry) -> Configuration:
     return _configuration([TomlDocument.load(each, _readers(geometry)) for each in paths], geometry, str(path))
 
 
-def parse_configuration(text: str, geometry: Geometry, name: str = "configuration") -> Configuration:
-    """Return the configuration in the text of a rules file.
-
-    Args:
-        name: name of the file in messages.
-
-    Raises:
-        UsageError: the text is not TOML, or has an invalid value.
-    """
-    with named(name):
-        document = TomlDocument.parse(text, name, _readers(geometry))
-    return _configuration([document], geometry, name)
-
-
 def configuration_of(data: dict[str, Any], geometry: Geometry, name: str = "configuration") -> Configuration:
     """Return the configuration in the tables of a file, or in equal tables from elsewhere.
 

@@ -8,14 +8,15 @@ import pytest
 
 from mthp.cli import main
 from mthp.daemon import config
-from mthp.daemon.config import Configuration, load_configuration, parse_configuration, parse_endpoint
+from mthp.daemon.config import Configuration, load_configuration, parse_endpoint
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
 from mthp.tunables import Switches, Tunables
+from rules_text import parse_configuration
 
 
 def parsed(text: str) -> Configuration:
-    return parse_configuration(text, X86_64, "rules.toml")
+    return parse_configuration(text, X86_64)
 
 
 def refused(text: str) -> UsageError:

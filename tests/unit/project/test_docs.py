@@ -23,7 +23,6 @@ import pytest
 import mthp
 from mthp.cli import COMMANDS, _mthp
 from mthp.daemon import config
-from mthp.daemon.config import parse_configuration
 from mthp.engine.policy_lookup import known_policy
 from mthp.engine.select import PlanOptions
 from mthp.engine.verify import Expectation
@@ -33,6 +32,7 @@ from mthp.lab.grid import Grid
 from mthp.lab.scenario import load_scenario
 from mthp.means import Means
 from mthp.toml import TomlDocument
+from rules_text import parse_configuration
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]

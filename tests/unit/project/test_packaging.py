@@ -20,9 +20,9 @@ import pytest
 
 import mthp
 from mthp.daemon import exporter
-from mthp.daemon.config import parse_configuration
 from mthp.daemon.systemd import CAPABILITIES
 from mthp.geometry import X86_64
+from rules_text import parse_configuration
 
 ROOT = Path(__file__).parents[3]
 PACKAGING = ROOT / "packaging"

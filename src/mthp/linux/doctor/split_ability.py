@@ -17,21 +17,17 @@ def _split(facts: Facts) -> Answer:
 
 
 def _offset(facts: Facts) -> Answer:
-    answer = _of_file(facts.probed.split, facts.probed.split.offset)
-    if answer is not None:
-        return answer
-    if facts.probed.split.offset:
-        return Answer(State.OK, "one write splits a folio around one page and leaves the rest of it large")
-    return Answer(State.LIMITED, "not known to the kernel: layouts take more writes", "Linux 6.18 or later")
+    ability = facts.probed.split
+    without = Answer(State.LIMITED, "not known to the kernel: layouts take more writes", "Linux 6.18 or later")
+    return _of_file(
+        ability, ability.offset, "one write splits a folio around one page and leaves the rest of it large", without
+    )
 
 
 def _zeroes(facts: Facts) -> Answer:
-    answer = _of_file(facts.probed.split, facts.probed.split.zeroes)
-    if answer is not None:
-        return answer
-    if facts.probed.split.zeroes:
-        return Answer(State.OK, "pages of zeroes go back to the kernel in a split to base pages")
-    return Answer(State.MISSING, "pages of zeroes stay resident after a split", _LATER)
+    ability = facts.probed.split
+    without = Answer(State.MISSING, "pages of zeroes stay resident after a split", _LATER)
+    return _of_file(ability, ability.zeroes, "pages of zeroes go back to the kernel in a split to base pages", without)
 
 
 def _cold(facts: Facts) -> Answer:
@@ -43,10 +39,10 @@ def _cold(facts: Facts) -> Answer:
     return Answer(State.MISSING, "MADV_COLD of one page of a folio frees nothing", _LATER)
 
 
-def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
-    """Return why an ability of the file is unknown; None if it is known."""
+def _of_file(ability: SplitAbility, found: bool | None, what: str, without: Answer) -> Answer:
+    """Return the answer about an ability of the file: `what` it does, that one `without` it, or why it is unknown."""
     if found is not None:
-        return None
+        return Answer(State.OK, what) if found else without
     if ability.file:
         return Answer(State.MISSING, "not tried, because split is missing")
     return Answer(State.LIMITED, ability.untried or "not tried")
