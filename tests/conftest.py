@@ -121,9 +121,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Mark what lies in tests/live, and leave slow tests out under --quick: those that `-m` has left of them."""
+    """Mark live tests, and leave slow tests out under --quick: those that `-m` has left of them."""
     for item in items:
-        if item.path.parent.name == "live":
+        if item.path.parent.name == "live" or "thp_switches" in getattr(item, "fixturenames", ()):
             item.add_marker("live")
     yield
     if not config.getoption("--quick"):

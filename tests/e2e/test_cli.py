@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import MTHP, MTHP_AS_NOBODY, TESTS, Actor, memory_of, mthp, mthp_json
+from e2e.helpers import MTHP, MTHP_AS_NOBODY, TESTS, Actor, memory_of, mthp, mthp_here, mthp_json
 from mthp import __version__
 from mthp.cli import COMMANDS
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 
-pytestmark = pytest.mark.live
 thp = pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
 
 PAGES = PMD_SIZE // PAGE_SIZE
@@ -45,7 +44,7 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "collapse", "snapshot"])
 def test_help_of_a_command(command: str) -> None:
-    done = mthp(command, "--help")
+    done = mthp_here(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Usage: mthp {command} ")
     assert "--json" in done.stdout

@@ -96,14 +96,12 @@ def test_negative_numbers(run: Run, command: str) -> None:
     refused(run(command, "--", "-1"), 4, "no process -1")
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("command", TARGETED)
 def test_a_zombie(run: Run, actor: Actor, command: str) -> None:
     actor.kill_unwaited()
     refused(run(command, actor.pid), 3, "zombie")
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("command", TARGETED)
 def test_a_kernel_thread(run: Run, command: str) -> None:
     try:
@@ -115,13 +113,11 @@ def test_a_kernel_thread(run: Run, command: str) -> None:
     refused(run(command, 2), 3, "kernel thread")
 
 
-@pytest.mark.live
 def test_a_thread(run: Run, actor: Actor) -> None:
     tid = actor.tell("start_thread")
     refused(run("plan", tid), 2, f"{tid} is a thread of process {actor.pid}", f"use the PID {actor.pid}")
 
 
-@pytest.mark.live
 def test_an_own_ancestor_is_inspected_but_not_collapsed(run: Run) -> None:
     # The first process of a PID namespace has no parent there.
     for pid in ancestors():
@@ -134,7 +130,6 @@ def test_an_own_ancestor_is_inspected_but_not_collapsed(run: Run) -> None:
     assert mthp("plan", os.getpid()).returncode == 0
 
 
-@pytest.mark.live
 def test_a_pid_that_was_somebody_elses(run: Run, actor: Actor) -> None:
     actor.kill()
     refused(run("inspect", actor.pid), 4, f"no process {actor.pid}")
@@ -283,7 +278,6 @@ def test_commands_that_do_not_exist_or_lack_something(run: Run, arguments: list[
 # Output files.
 
 
-@pytest.mark.live
 def test_a_snapshot_does_not_replace_a_file_unless_told(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     path = tmp_path / "mine.parquet"
@@ -295,14 +289,12 @@ def test_a_snapshot_does_not_replace_a_file_unless_told(run: Run, tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("path", ["/no/such/directory/file", "/proc/file", "/dev/null", "/tmp", "", "x" * 300])
 def test_a_snapshot_that_cannot_be_written(run: Run, path: str) -> None:
     pytest.importorskip("pyarrow")
     refused(run("snapshot", "self", "-o", path), 2)
 
 
-@pytest.mark.live
 @pytest.mark.requires("root")
 @pytest.mark.parametrize(
     ("options", "code", "word"), [("size=4k", 1, "No space left"), ("ro", 2, "Read-only file system")]
@@ -326,7 +318,6 @@ def test_a_disk_that_is_full_or_read_only(tmp_path: Path, options: str, code: in
 # Standard output.
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("arguments", [["inspect", "self", "--all"], ["inspect", "self", "--json"], ["--help"]])
 def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     ours, theirs = os.pipe()
@@ -336,7 +327,6 @@ def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.live
 def test_a_reader_that_has_enough_after_a_line() -> None:
     with subprocess.Popen(
         [*MTHP, "inspect", "self", "--all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -350,7 +340,6 @@ def test_a_reader_that_has_enough_after_a_line() -> None:
         assert running.wait() in {0, 1}
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("arguments", [["inspect", "self"], ["plan", "self", "--json"], ["--version"]])
 def test_standard_output_that_is_full(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
@@ -403,7 +392,6 @@ def test_an_unknown_option_is_refused(run: Run, command: str) -> None:
 EVIL_NAME = "evil\x1b[31m\x07"
 
 
-@pytest.mark.live
 def test_control_characters_of_a_process_do_not_reach_the_terminal_in_errors(run: Run) -> None:
     code = f"import sys; open('/proc/self/comm', 'w').write({EVIL_NAME!r}); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as target:
@@ -420,7 +408,6 @@ def test_control_characters_of_a_process_do_not_reach_the_terminal_in_errors(run
 
 
 @pytest.mark.slow
-@pytest.mark.live
 @pytest.mark.parametrize("command", TARGETED)
 def test_a_target_that_exits_meanwhile(command: str) -> None:
     for delay in (0.05, 0.12, 0.18, 0.25):
@@ -436,7 +423,6 @@ def test_a_target_that_exits_meanwhile(command: str) -> None:
         assert done.returncode != 4 or answer.get("vanished") or answer["error"]["exit_code"] == 4
 
 
-@pytest.mark.live
 @pytest.mark.parametrize(
     "options", [["--orders", "48K"], ["--policy", "bold"], ["--rate", "0"], ["--max-ptes-none", "512"]]
 )

@@ -19,7 +19,7 @@ import rich
 import mthp
 
 # The fixture holds other sessions off the switches, which two runs are to find alike.
-pytestmark = [pytest.mark.live, pytest.mark.usefixtures("thp_switches")]
+pytestmark = pytest.mark.usefixtures("thp_switches")
 
 NOBODY = 65534
 PACKAGES = {str(Path(module.__file__ or "").parents[1]) for module in (mthp, click, np, rich)}

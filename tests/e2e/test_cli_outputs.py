@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp
+from e2e.helpers import mthp, mthp_here
 from fakes import FakeSpace, page_runs
 from mthp.ptes import Pte
 from mthp.vma import Vma
@@ -30,9 +30,11 @@ COMMANDS = {
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> Path:
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory with the inputs of the commands, which is the working directory."""
     from mthp.snapshot import record
 
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "inputs").mkdir()
     (tmp_path / "snapshots").mkdir()
     space = FakeSpace([(Vma(BASE, BASE + (2 << 20), "rw-p"), *page_runs((512, Pte.PRESENT, 0)))])
@@ -46,17 +48,16 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_planted_link_is_not_followed(inputs: Path, name: str) -> None:
     precious, link = inputs / "precious", inputs / "shared" / "out"
     precious.write_text("precious")
     link.parent.mkdir()
     link.symlink_to(precious)
-    done = mthp(*COMMANDS[name], "-o", link, cwd=inputs)
+    done = mthp_here(*COMMANDS[name], "-o", link)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{link} exists already" in done.stderr
-    done = mthp(*COMMANDS[name], "-o", link, "--force", cwd=inputs)
+    done = mthp(*COMMANDS[name], "-o", link, "--force")
     assert done.returncode == 0, done.stderr
     assert precious.read_text() == "precious"
     assert not link.is_symlink()
@@ -64,16 +65,15 @@ def test_a_planted_link_is_not_followed(inputs: Path, name: str) -> None:
     # A link to nothing is not followed either.
     link.unlink()
     link.symlink_to(inputs / "nowhere")
-    assert mthp(*COMMANDS[name], "-o", link, cwd=inputs).returncode == 2
+    assert mthp_here(*COMMANDS[name], "-o", link).returncode == 2
     assert not (inputs / "nowhere").exists()
 
 
-@pytest.mark.live
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_a_pipe_is_refused(inputs: Path, name: str, force: list[str]) -> None:
     os.mkfifo(inputs / "pipe")
-    done = mthp(*COMMANDS[name], "-o", inputs / "pipe", *force, cwd=inputs)
+    done = mthp_here(*COMMANDS[name], "-o", inputs / "pipe", *force)
     assert (done.returncode, done.stdout) == (2, "")
     assert "not a regular file" in done.stderr
 
@@ -92,11 +92,10 @@ def full(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(directory)], check=True)
 
 
-@pytest.mark.live
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("name", ["snapshot", "record", "report", "simulate"])
 def test_a_full_disk_leaves_nothing(inputs: Path, full: Path, name: str) -> None:
-    done = mthp(*COMMANDS[name], "-o", full / "out", cwd=inputs)
+    done = mthp(*COMMANDS[name], "-o", full / "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert "No space left" in done.stderr
     assert list(full.iterdir()) == []

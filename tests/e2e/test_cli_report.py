@@ -67,7 +67,6 @@ def test_two_snapshots_are_set_side_by_side(snapshot: Path, tmp_path: Path) -> N
     assert "afterwards" in out.read_text("utf-8")
 
 
-@pytest.mark.live
 @pytest.mark.usefixtures("thp_switches")
 def test_a_live_process_for_a_quick_look(actor: Actor, tmp_path: Path) -> None:
     actor.fill(actor.map(8 << 20), 512)

@@ -115,7 +115,6 @@ def test_a_closed_terminal(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
 
 
-@pytest.mark.live
 @pytest.mark.requires("mthp", "root")
 def test_the_next_command_puts_back_what_a_killed_cgroup_left(thp_switches: ThpSwitches) -> None:
     switch = THP_ROOT / f"hugepages-{size_name(4)}" / "enabled"

@@ -16,7 +16,7 @@ from e2e.helpers import MTHP
 from targets import PAGE_SIZE, PMD_ORDER
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
 
 DOCS = Path(__file__).parents[2] / "docs"
 TUTORIAL = DOCS / "tutorial.md"
