@@ -28,10 +28,19 @@ APART = {
 
 
 BYTES_A_TEST = 1 << 17
-"""Compressed bytes of a file for each test of its cases, so that several processes share the largest file."""
+"""Compressed bytes of a file for each test of its cases, so that several processes share the largest file.
+
+A part has every n-th case, and so some of each category. `make test` replays the first part only.
+"""
 
 PARTS = [
-    pytest.param(path, part, parts, id=path.name.partition(".jsonl")[0] + (f"-{part}" if parts > 1 else ""))
+    pytest.param(
+        path,
+        part,
+        parts,
+        id=path.name.partition(".jsonl")[0] + (f"-{part}" if parts > 1 else ""),
+        marks=[pytest.mark.slow] if part else [],
+    )
     for path in FILES
     for parts in [-(-path.stat().st_size // BYTES_A_TEST)]
     for part in range(parts)
