@@ -140,15 +140,12 @@ class FakeSpace(AddressSpace):
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         found: list[Segment] = []
         for start, end in segments:
-            at = start
-            while at < end:
-                stop = min(end, at // granule * granule + granule)
-                if self._read_one(at, stop)[0].any():
-                    if found and found[-1][1] == at > start:
-                        found[-1] = (found[-1][0], stop)
-                    else:
-                        found.append((at, stop))
-                at = stop
+            first = start // granule * granule
+            offsets = np.maximum(np.arange(first, end, granule) - start, 0) // self._geometry.page_size
+            used = np.flatnonzero(np.logical_or.reduceat(self._read_one(start, end)[0] != 0, offsets))
+            for run in np.split(used, np.flatnonzero(np.diff(used) > 1) + 1) if len(used) else ():
+                low, high = first + int(run[0]) * granule, first + (int(run[-1]) + 1) * granule
+                found.append((max(low, start), min(high, end)))
         return found
 
     def attempt(self, address: int, order: int) -> BlockOutcome:

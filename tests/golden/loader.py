@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -147,6 +148,7 @@ class Case:
         }
 
 
+@functools.lru_cache(1)
 def load(name: str) -> list[Case]:
     """Return the cases of the file called `name` in this directory."""
     with gzip.open(HERE / name, "rt", encoding="utf-8") as lines:
