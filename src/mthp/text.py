@@ -24,6 +24,11 @@ def clean(text: str) -> str:
     return "".join(char if unicodedata.category(char)[0] != "C" else "�" for char in text)
 
 
+def numbered(count: int, one: str, many: str = "") -> str:
+    """Return `count` and a noun: `one`, or `many`, which by default ends with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def shortened(name: str, width: int) -> str:
     """Return `name` in at most `width` columns. Its end, which says more than its beginning, keeps two thirds."""
     # Imported here, because errors import this module and do not need rich.

@@ -163,11 +163,11 @@ def command(targets: tuple[str, ...], min_coverage: float | None, dry_run: bool,
     it for about a millisecond. The largest come first, and of each size the fullest; with --heat those that serve most
     accesses for each byte copied. Ctrl-C ends it after the current range or batch.
 
-    khugepaged keeps its own order, works for all processes while it is driven, and knows only memory that was mapped or
-    advised while a size was on.
+    With --mechanism khugepaged the kernel keeps its own order, works for all processes meanwhile, and knows only memory
+    that was mapped or advised while a size was on.
 
     Holes are filled up to --max-bloat, pages are copied up to --max-copied, and the memory that --reserve names is left
-    free below every limit of TARGET's cgroups and of the machine. The first failed charge ends the run.
+    free below every limit of TARGET's cgroups and of the machine. The first failed charge to a cgroup ends it.
     """
     chosen, means = made_of(PlanOptions, options), made_of(Means, options)
     with stopping_on_signals() as stop:

@@ -24,7 +24,7 @@ from mthp.units import format_size, percent
     "--policies",
     metavar="NAMES",
     shell_complete=complete_policies,
-    help="Policies, separated by commas; the four and no-creep by default. NAME:split is mthp by splitting.",
+    help="Policies, separated by commas; by default all but rfc2. NAME:split is mthp by splitting.",
 )
 @click.option(
     "--max-ptes-none", metavar="N,...", help="Empty pages a collapse may fill, per PMD range; several values."

@@ -17,8 +17,8 @@ from mthp.cli.options import RATE, SHARE
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.means import Mechanism
-from mthp.naming import HOW_TO_NAME, match_of
-from mthp.text import clean
+from mthp.naming import match_of
+from mthp.text import clean, numbered
 
 
 @click.command("daemon")
@@ -101,7 +101,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
         return _unit(configuration.events, configuration.metrics, install=options["install_unit"])
     if options["check_config"]:
         configuration = load()
-        click.echo(f"{len(configuration.rules.rules)} rules, no errors")
+        click.echo(f"{numbered(len(configuration.rules.rules), 'rule')}, no errors")
         return 0
     from mthp.daemon.service import Daemon
     from mthp.linux.journal.store import default_root
@@ -126,7 +126,8 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     if options["config"] is None and not path.exists():
         raise UsageError(
             f"no rules: {path} does not exist",
-            help=f"write {path / config.MAIN}, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
+            help=f"write {path / config.MAIN} (mthp daemon --print-config prints an example), or name processes:"
+            " mthp daemon comm:NAME",
         )
     clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
     if clash:

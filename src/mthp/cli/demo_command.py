@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -108,6 +110,9 @@ def print_story(out: Console, story: Story) -> None:
     note(out, [*story.undone, *story.notes])
     for line in NEXT.splitlines():
         say(out, line)
+    # As after `make demo`, whose mthp is in .venv.
+    if shutil.which("mthp") is None and Path(sys.argv[0]).name == "mthp":
+        say(out, f"mthp is not on the PATH: it is {sys.argv[0]}")
 
 
 def _signed(size: int) -> str:

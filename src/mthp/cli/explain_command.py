@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
             yield from _of_target(next((each for each in status["targets"] if each["pid"] == pid), None))
     # Without the daemon the rest of the explanation still holds.
     except MthpError as error:
-        yield f"no daemon answers: {error.message}"
+        yield error.message
 
 
 def _of_target(target: dict[str, Any] | None) -> Iterator[str]:
@@ -127,7 +128,10 @@ def _of_target(target: dict[str, Any] | None) -> Iterator[str]:
     yield from (f"the daemon tried {count} times in vain: {reason}" for reason, count in target["reasons"].items())
     for name, count in target["collapse_failures"].items():
         yield f"{count} attempts of the daemon failed: {name}"
+    sizes: Counter[str] = Counter()
     for left in target["left_alone"]:
-        yield f"the daemon left {format_size(left['bytes'])} alone: {left['reason']}"
+        sizes[left["reason"]] += left["bytes"]
+    for reason, size in sizes.items():
+        yield f"the daemon leaves mappings of {format_size(size)} alone: {reason}"
     if target.get("needs_move"):
         yield f"the daemon left sizes alone: {target['needs_move']}"

@@ -53,9 +53,12 @@ def command(
 ) -> int:
     """Count the pages of each TARGET by folio order, per mapping and in all.
 
-    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Pages of zeroes in
-    large folios are the cost of huge pages: the kernel frees those of a PMD-sized folio when memory gets scarce, if
-    shrink_underused is on and the folio has more of them than max_ptes_none.
+    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Aligned folios are
+    mapped whole at a multiple of their size; unaligned and partial ones spare no TLB entries. A mapping may become the
+    sizes that the kernel's khugepaged may make of it; with "on request", those that only mthp or MADV_COLLAPSE may.
+
+    Pages of zeroes in large folios are the cost of huge pages: the kernel frees those of a PMD-sized folio when memory
+    gets scarce, if shrink_underused is on and the folio has more of them than max_ptes_none.
     """
 
     def work(found: Found) -> tuple[Census, int]:

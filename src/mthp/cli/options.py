@@ -74,8 +74,8 @@ HEAT = Quantity("TIME|FILE", parse_heat, zero=True)
 heat_option = click.option(
     "--heat",
     type=HEAT,
-    help="Hot memory first: measure for TIME, such as 5s, which memory is used (by DAMON, idle page tracking or young"
-    " bits; or damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses.",
+    help="Heat: observe for TIME, such as 5s, which memory is used (by DAMON, idle page tracking or young bits; or"
+    " damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses. Hot memory comes first.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -103,7 +103,7 @@ _PLAN_OPTIONS = (
         show_default=True,
         metavar="NAME",
         shell_complete=complete_policy,
-        help="Policy that chooses orders.",
+        help="Policy that chooses orders: pmd-only, rfc, rfc2, per-order, mainline, no-creep, or one of your own.",
     ),
     click.option(
         "--orders",

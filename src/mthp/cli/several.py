@@ -18,6 +18,7 @@ from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.metrics import Coverage
 from mthp.targets import Found, Targets, pid_of, refuse_ancestor
+from mthp.text import numbered
 
 R = TypeVar("R")
 
@@ -69,7 +70,7 @@ class Each(Generic[R]):
     def counted(self) -> str:
         """The number of targets for a heading, with the number of results if some have errors."""
         done, every = len(self.done), len(self.results)
-        return f"{'' if done == every else f'{done} of '}{every} target{'' if every == 1 else 's'}"
+        return f"{'' if done == every else f'{done} of '}{numbered(every, 'target')}"
 
     @property
     def all(self) -> tuple[R | Failed, ...]:

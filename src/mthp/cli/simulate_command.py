@@ -17,6 +17,7 @@ from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.files import check_output
+from mthp.text import numbered
 from mthp.units import format_size, percent
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
     settings, pmd = scenario.settings, scenario.geometry.label(scenario.geometry.pmd_order)
     say(
         out,
-        f"{Path(scenario.path).name}: {format_size(scenario.machine.memory)} of memory, {outcomes[0].last['processes']}"
-        f" processes, {settings.duration:g} s",
+        f"{Path(scenario.path).name}: {format_size(scenario.machine.memory)} of memory,"
+        f" {numbered(outcomes[0].last['processes'], 'process', 'processes')}, {settings.duration:g} s",
     )
     heads = ["policy", f"{pmd} mapped", "large folios", "resident", "bloat", "copied", "khugepaged", "not allocated"]
     rows = [_cells(outcome) for outcome in outcomes]

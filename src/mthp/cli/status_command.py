@@ -12,6 +12,7 @@ from mthp.cli.asking import ask_daemon, of_this_version, run_dir_option
 from mthp.cli.options import json_option
 from mthp.cli.render.output import console, milliseconds, print_json, say
 from mthp.cli.render.tables import Table
+from mthp.text import numbered
 from mthp.units import format_size, percent
 
 
@@ -63,7 +64,7 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
         )
     rows = [_row(target) for target in sorted(status["targets"], key=lambda target: -target["collapsed_bytes"])]
     columns = ["pid", "name", "rule", "policy", "collapsed", "bloat", "longest pause", "state"]
-    out.print(Table(f"{len(rows)} targets", columns, rows, right={0, 4, 5, 6}, names={1, 2}))
+    out.print(Table(numbered(len(rows), "target"), columns, rows, right={0, 4, 5, 6}, names={1, 2}))
     if reach := sum(target.get("out_of_reach_bytes", 0) for target in status["targets"]):
         say(
             out, f"out of reach: {format_size(reach)} lie in no whole PMD range of their mapping: mthp collapse --small"

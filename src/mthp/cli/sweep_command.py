@@ -16,7 +16,9 @@ SHOWN_FAILURES = 20
 
 @click.command("sweep")
 @click.argument("directory", metavar="DIR", required=False, type=click.Path())
-@click.option("--grid", type=click.Path(), metavar="FILE", help="Policies and tunables: a TOML file, see below.")
+@click.option(
+    "--grid", type=click.Path(), metavar="FILE", help="Policies and tunables: a TOML file, which --print-grid shows."
+)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Parquet to write.")
 @click.option("--jobs", type=int, metavar="N", help="Processes; one for each processor by default.")
 @click.option("--scheduler", metavar="ADDRESS", help="Run on a Dask cluster instead: tcp://HOST:PORT.")

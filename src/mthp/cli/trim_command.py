@@ -121,7 +121,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     """Print the result of a trim."""
     plan, geometry = report.plan, report.plan.geometry
     rows = [[geometry.label(order), str(count)] for order, count in plan.folios_by_order.items()]
-    title = f"{plan.label}: large folios with {percent(options.zero)} of zeroes, of {plan.scanned_folios} in all"
+    title = f"{plan.label}: of {plan.scanned_folios} large folios, those with {percent(options.zero)} of zeroes or more"
     out.print(Table(title, ["size", "folios"], rows, right={1}))
     how = f" (--by {plan.by})" if plan.by else ""
     say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes can be given back{how}")
@@ -138,7 +138,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     before, after = format_size(report.rss_before_bytes), format_size(report.rss_after_bytes)
     say(out, f"gave back {format_size(report.given_back_bytes)}: {before} of memory before, {after} now")
     if report.not_tried:
-        remarks.append(f"{report.not_tried} folios were not tried: the run ended early")
+        remarks.append(f"{report.not_tried} folios were not tried: the trim ended early")
     if report.vanished:
         remarks.append("the target exited")
     if report.error:

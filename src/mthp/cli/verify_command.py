@@ -18,7 +18,7 @@ from mthp.errors import MthpError, UsageError
 from mthp.geometry import Geometry
 from mthp.metrics import out_of_reach_remark
 from mthp.targets import Found, find_targets
-from mthp.text import clean
+from mthp.text import clean, numbered
 from mthp.units import format_size, percent
 
 
@@ -177,7 +177,7 @@ def _nagios(verified: Callable[[], Each[Verification]]) -> int:
     said += [f"{failed.label}: {failed.error.message}" for failed in each.all if isinstance(failed, Failed)]
     if any(check.verdict == "unknown" for _, check in checks):
         said += sorted({line for done in each.done for line in done.missing})
-    said = said or [f"{len(checks)} expectations met"]
+    said = said or [f"{numbered(len(checks), 'expectation')} met"]
     data = " ".join(_performance(label, check) for label, check in checks if check.share is not None)
     click.echo(f"MTHP {_STATES.get(code, 'UNKNOWN')} - {'; '.join(map(_plain, said))}{' | ' if data else ''}{data}")
     return code

@@ -34,7 +34,7 @@ class Settings:
     """Settings of a process: the keys of ``[defaults]`` and of a ``[[rule]]``. None stands for the level above.
 
     Attributes:
-        policy: pmd-only, rfc, per-order, mainline, or one of your own.
+        policy: pmd-only, rfc, rfc2, per-order, mainline, no-creep, or one of your own.
         orders: the orders that may be made, ascending: "64K,2M"; "all", whatever switches and advice are; or "enabled",
             the orders that the machine's switches allow.
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits, per PMD range; not set (None): the tunables.

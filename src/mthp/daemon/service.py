@@ -40,6 +40,7 @@ from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, CAPAB
 from mthp.linux.sysfs import ThpSysfs
 from mthp.objects import to_object
 from mthp.pacing import CpuBudget
+from mthp.text import numbered
 
 STOP_SECONDS = 0.8
 """Seconds that the daemon waits for the current piece of work before it ends."""
@@ -272,7 +273,8 @@ class Daemon:
 
     def _status_line(self) -> str:
         state = "paused" if self.worker.paused else "resting" if self.worker.pressure.resting else "working"
-        return f"{state}, {len(self.worker.targets)} targets, {self.environment.total.collapsed.total()} folios made"
+        folios = self.environment.total.collapsed.total()
+        return f"{state}, {numbered(len(self.worker.targets), 'target')}, {numbered(folios, 'folio')} made"
 
     def _end(self) -> None:
         self._notifier.send("STOPPING=1")
@@ -306,7 +308,7 @@ class Daemon:
             self._keeping.keep(configuration.keep_max_ptes_none)
             self.worker.configure(configuration)
             self.finder.renew()
-            self._say(f"configuration read again: {len(configuration.rules.rules)} rules")
+            self._say(f"configuration read again: {numbered(len(configuration.rules.rules), 'rule')}")
             self._event("reload", rules=len(configuration.rules.rules))
         environment.reload_at = time.time()
         self._notifier.send("READY=1", f"STATUS={self._status_line()}")
@@ -318,7 +320,7 @@ class Daemon:
         if command in ("pause", "resume"):
             self.worker.pause(command == "pause")
             self._event(command)
-            self._say("paused" if command == "pause" else "going on")
+            self._say("paused" if command == "pause" else "resumed")
             return to_object(self.worker)
         raise UsageError(f"unknown command {command!r}", help="use status, pause or resume")
 

@@ -23,6 +23,7 @@ from mthp.geometry import Geometry
 from mthp.metrics import anonymous_pages, out_of_reach_remark, resident_pages
 from mthp.ptes import Pte, PteColumns, Segment
 from mthp.results import ScanResult
+from mthp.text import numbered
 from mthp.units import format_size
 from mthp.vma import Vma, VmaKind
 
@@ -214,7 +215,7 @@ def _described(space: AddressSpace, vma: Vma, address: int, part: Segment, colum
     pages = (part[1] - part[0]) // geometry.page_size
     resident = resident_pages(columns)
     size = geometry.label(geometry.pmd_order)
-    counted = "1 page" if pages == 1 else f"{pages} pages"
+    counted = numbered(pages, "page")
     said = f"the {size} range around it has {counted} in this mapping: {int(resident.sum())} resident"
     orders = columns.folio_order[anonymous_pages(columns) | resident]
     for order in sorted({int(each) for each in orders}):

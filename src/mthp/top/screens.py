@@ -16,7 +16,7 @@ from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, needs_move_reason, price_of_moving
-from mthp.text import clean
+from mthp.text import clean, numbered
 from mthp.top.carrying import Carrying
 from mthp.top.model import Row, described
 from mthp.units import format_size
@@ -227,9 +227,9 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     if len(left) > MAX_REASONS:
         lines.append(f"not made for other reasons: {sum(count for count, _, _ in left[MAX_REASONS:]):,}")
     if report.out_of_memory:
-        lines.append(f"the run ended at the first failed charge: {report.out_of_memory}")
+        lines.append(f"the collapse ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
-        lines.append(f"the run ended early: {report.error.message}")
+        lines.append(f"the collapse ended early: {report.error.message}")
     if report.interrupted:
         lines.append("stopped: the folios made so far are kept")
     if report.vanished:
@@ -260,6 +260,6 @@ def daemon_line(status: Mapping[str, Any] | None) -> str:
     made = format_size(int(counters.get("collapsed_bytes", 0)))
     added = format_size(int(counters.get("bloat_bytes", 0)))
     return (
-        f"daemon: process {status.get('pid', '?')}, {state}, {len(targets)} targets,"
+        f"daemon: process {status.get('pid', '?')}, {state}, {numbered(len(targets), 'target')},"
         f" {made} collapsed, {added} of bloat added"
     )

@@ -232,14 +232,14 @@ def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_somethi
     assert main(["daemon", "--check-config"]) == 0
     assert capsys.readouterr().out.startswith("2 rules")
     assert main(["daemon", "--pid", "1", "--policy", "rfc", "--check-config"]) == 0
-    assert capsys.readouterr().out.startswith("1 rules")
+    assert capsys.readouterr().out.startswith("1 rule,")
     assert main(["daemon", "--policy", "rfc", "--check-config"]) == 2
     assert "etc and --policy are given" in capsys.readouterr().err
 
 
 def test_the_option_for_a_user_takes_any_number_of_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["daemon", "--uid", "9" * 5000, "--check-config"]) == 0
-    assert capsys.readouterr().out.startswith("1 rules")
+    assert capsys.readouterr().out.startswith("1 rule,")
 
 
 @pytest.mark.parametrize(

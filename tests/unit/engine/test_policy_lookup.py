@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
+from mthp.cli import plan_command
+from mthp.daemon import config
 from mthp.engine.collapse import collapse_space
 from mthp.engine.planning import plan_space
+from mthp.engine.policy import BUILT_IN, OWN
 from mthp.engine.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
@@ -208,6 +212,14 @@ def test_a_broken_policy_is_wrong_usage_on_the_command_line(site: Path, snapshot
     assert f"policy '{name}'" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
+
+
+def test_the_help_and_the_example_of_rules_list_ours() -> None:
+    ours = ", ".join([*BUILT_IN, *OWN])
+    (option,) = (each for each in plan_command.command.params if each.name == "policy")
+    assert isinstance(option, click.Option)
+    assert ours in (option.help or "")
+    assert ours in config.example()
 
 
 def test_declared_policies_are_listed_behind_ours(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def test_junit_has_a_case_for_each_expectation(file: str, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("expected", "code", "begins"),
     [
-        (["2M>=50%"], 0, "MTHP OK - 1 expectations met | '7 (redis) 2M'=50.00%;50:;;0;100"),
+        (["2M>=50%"], 0, "MTHP OK - 1 expectation met | '7 (redis) 2M'=50.00%;50:;;0;100"),
         (["2M>=90%"], 1, "MTHP WARNING - 7 (redis) 2M>=90%: 50.0% is less than 90% | '7 (redis) 2M'=50.00%;90:;;0;100"),
         (["stack:2M>=90%"], 1, "MTHP WARNING - 7 (redis) stack:2M>=90%: no mapping is called stack"),
     ],

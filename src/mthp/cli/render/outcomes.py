@@ -20,6 +20,7 @@ from mthp.engine.report import CollapseReport, FolioTally
 from mthp.means import needs_move_reason
 from mthp.metrics import Durations, out_of_reach_remark
 from mthp.results import ScanResult
+from mthp.text import numbered
 from mthp.units import format_size, percent
 
 MAX_REASONS = 5
@@ -111,7 +112,7 @@ def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
         ("over budget", tally.over_budget, "filling them would exceed --max-bloat"),
         ("over budget", tally.over_copied, "copying them would exceed --max-copied"),
         ("no room", tally.over_reserve, f"{report.room}: --reserve"),
-        ("not tried", tally.not_tried, "the run ended early"),
+        ("not tried", tally.not_tried, "the collapse ended early"),
     )
     return [[name, str(count), meaning] for name, count, meaning in rows if count]
 
@@ -145,9 +146,9 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
     )
     if report.heat_share is not None:
         say(out, f"{percent(report.heat_share)} of the observed accesses go to the collapsed memory")
-    # A run by the mover alone makes no such calls.
-    if times.count or not report.folios:
-        say(out, f"{times.count} calls: {_spread(times)}")
+    # None if only the mover was at work, or nothing was tried.
+    if times.count:
+        say(out, f"{numbered(times.count, 'call')}: {_spread(times)}")
     if windows.count:
         each = report.moved_blocks / windows.count
         say(out, f"{windows.count} pauses, of {each:.1f} folios each: {_spread(windows)}")
@@ -177,10 +178,10 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     if report.vanished:
         remarks.append("the target exited meanwhile")
     if report.out_of_memory:
-        remarks.append(f"the run ended at the first failed charge: {report.out_of_memory}")
+        remarks.append(f"the collapse ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
         remedy = f" ({report.error.help})" if report.error.help else ""
-        remarks.append(f"the run ended early: {report.error.message}{remedy}")
+        remarks.append(f"the collapse ended early: {report.error.message}{remedy}")
     holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
     if holes:
         remarks.append(f"{holes} runs have holes: --fill fills them")
