@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from e2e.helpers import Actor
 from mthp.daemon.ipc import LOCK_NAME
 from mthp.errors import MthpError
 from mthp.linux.journal.store import default_root
@@ -211,6 +212,13 @@ def thp_switches(
             yield switches
         finally:
             switches.restore()
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    """A puppet that fills pages with a pattern, and looks for it."""
+    with Actor() as actor:
+        yield actor
 
 
 @pytest.fixture

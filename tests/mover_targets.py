@@ -14,17 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from mthp.errors import MthpError
+from mthp.linux.live import open_live
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer
+from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import BlockOutcome
@@ -86,13 +88,53 @@ def _programs() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="mthp-targets-", ignore_cleanup_errors=True)
 
 
-class Writers:
-    """A process of threads that check and rewrite their memory all the time (``programs/mover_writers.c``).
+class Controlled:
+    """A program of `SOURCES` that is driven through a file of 64-bit words.
 
     A context manager; leaving it ends the process.
 
     Attributes:
-        pid: its PID.
+        process, pid: the program that runs.
+    """
+
+    def __init__(self, directory: Path, name: str, *arguments: object, words: int = 512) -> None:
+        path = directory / f"{name}-{time.monotonic_ns()}"
+        path.write_bytes(bytes(8 * words))
+        self.process = subprocess.Popen([compiled(name), path, *map(str, arguments)])
+        self.pid = self.process.pid
+        with path.open("r+b") as file:
+            self.control = mmap.mmap(file.fileno(), 8 * words)
+
+    def word(self, index: int) -> int:
+        """Return one of the words."""
+        return int(struct.unpack_from("=Q", self.control, 8 * index)[0])
+
+    def put(self, index: int, value: int) -> None:
+        """Change one of the words."""
+        struct.pack_into("=Q", self.control, 8 * index, value)
+
+    def ended(self) -> bool:
+        """Return whether the process has ended."""
+        return self.process.poll() is not None
+
+    def await_ready(self, ready: Callable[[], object]) -> None:
+        """Return once `ready` is true."""
+        assert wait_for(lambda: ready() or self.ended()), "the target did not become ready"
+        assert not self.ended(), f"the target ended: {self.process.returncode}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.control.close()
+
+
+class Writers(Controlled):
+    """A process of threads that check and rewrite their memory all the time (``programs/mover_writers.c``).
+
+    Attributes:
         base, size: its memory: `megabytes` MiB with pages of 4 KiB, with larger pages as many pages, but at
             least one PMD range where 4 KiB make two.
     """
@@ -101,39 +143,30 @@ class Writers:
         self.threads = threads
         whole_ranges = GEOMETRY.pmd_size >> 20 if megabytes >= 4 else 0
         megabytes = max(megabytes * GEOMETRY.page_size // 4096, whole_ranges)
-        path = directory / f"writers-{time.monotonic_ns()}"
-        path.write_bytes(b"\0" * (8 * (len(_WORDS) + 2 * MAX_THREADS)))
         # An emulated processor is too slow for all threads, so the tested program has priority.
         flags += "n" if FACTOR > 1 else ""
-        self.process = subprocess.Popen([compiled("mover_writers"), str(path), str(threads), str(megabytes), flags])
-        self.pid = self.process.pid
-        fd = os.open(path, os.O_RDWR)
-        self._control = mmap.mmap(fd, 8 * (len(_WORDS) + 2 * MAX_THREADS))
-        os.close(fd)
-        if not wait_for(lambda: self.get("ready")):
-            raise RuntimeError("the target did not become ready")
+        length = len(_WORDS) + 2 * MAX_THREADS
+        super().__init__(directory, "mover_writers", threads, megabytes, flags, words=length)
+        self.await_ready(lambda: self.get("ready"))
         self.base, self.size = self.get("base"), self.get("size")
 
-    def _at(self, index: int) -> int:
-        return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
-
-    def get(self, word: str) -> int:
+    def get(self, name: str) -> int:
         """One of the numbers that the target keeps."""
-        return self._at(_WORDS.index(word))
+        return self.word(_WORDS.index(name))
 
-    def set(self, word: str, value: int) -> None:
+    def set(self, name: str, value: int) -> None:
         """Change one of these numbers."""
-        struct.pack_into("=Q", self._control, 8 * _WORDS.index(word), value)
+        self.put(_WORDS.index(name), value)
 
     def rounds(self) -> list[int]:
         """How far each thread has come."""
-        return [self._at(len(_WORDS) + index) for index in range(self.threads)]
+        return [self.word(len(_WORDS) + index) for index in range(self.threads)]
 
     @property
     def errors(self) -> int:
         """Wrong words that were seen so far, and other things that went wrong."""
         first = len(_WORDS) + MAX_THREADS
-        return sum(self._at(first + index) for index in range(self.threads)) + self.get("other_errors")
+        return sum(self.word(first + index) for index in range(self.threads)) + self.get("other_errors")
 
     def progresses(self, seconds: float = PATIENCE) -> bool:
         """Return whether every thread gets on, before the process ends and within `seconds`."""
@@ -167,17 +200,6 @@ class Writers:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self._control.close()
-
 
 def mappings(pid: int) -> list[str]:
     """Ranges, permissions and names of all mappings, without the heap's end, which may grow."""
@@ -205,87 +227,58 @@ _MAX_TURNS = 512
 _RECORD_WORDS = 4
 
 
-class Syscalls:
-    """A process with a thread for each system call, which repeats it. A context manager; leaving it ends the process.
+class Syscalls(Controlled):
+    """A process with a thread for each system call, which repeats it.
 
     Attributes:
-        pid: its PID.
         base, size: memory to move.
     """
 
     def __init__(self, directory: Path, turns: int) -> None:
-        path = directory / f"syscalls-{time.monotonic_ns()}"
-        length = 8 * (4 + len(SYSCALLS) * _MAX_TURNS * _RECORD_WORDS)
-        path.write_bytes(bytes(length))
         self._turns = turns
-        self.process = subprocess.Popen([compiled("mover_syscalls"), str(path), str(turns)])
-        self.pid = self.process.pid
-        with path.open("r+b") as file:
-            self._control = mmap.mmap(file.fileno(), length)
-        if not wait_for(lambda: self._words()[0]):
-            raise RuntimeError("the target did not become ready")
-        _, _, self.base, self.size = self._words()[:4].tolist()
-
-    def _words(self) -> NDArray[np.int64]:
-        return np.frombuffer(bytes(self._control), np.int64)
+        length = 4 + len(SYSCALLS) * _MAX_TURNS * _RECORD_WORDS
+        super().__init__(directory, "mover_syscalls", turns, words=length)
+        self.await_ready(lambda: self.word(0))
+        self.base, self.size = self.word(2), self.word(3)
 
     @property
     def finished(self) -> bool:
         """Whether all turns are over, or it died. It does not wait for the process, which may be traced just now."""
-        return int(self._words()[1]) == len(SYSCALLS) or not Path(f"/proc/{self.pid}/stat").exists()
+        return self.word(1) == len(SYSCALLS) or not Path(f"/proc/{self.pid}/stat").exists()
 
     def returned(self) -> dict[str, list[tuple[int, ...]]]:
         """Wait until it ends: value, errno, what else there was, and untimeliness, of each call in each turn.
 
         It must not be traced now.
         """
-        assert wait_for(lambda: self.process.poll() is not None), "a system call does not come back"
+        assert wait_for(self.ended), "a system call does not come back"
         assert self.process.returncode == 0
-        records = self._words()[4:].reshape(len(SYSCALLS), _MAX_TURNS, _RECORD_WORDS)[:, : self._turns]
+        words = np.frombuffer(bytes(self.control), np.int64)[4:]
+        records = words.reshape(len(SYSCALLS), _MAX_TURNS, _RECORD_WORDS)[:, : self._turns]
         return {name: [tuple(row) for row in part.tolist()] for name, part in zip(SYSCALLS, records, strict=True)}
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._control.close()
-
-
-class Waiters:
-    """A process with threads that wait in different system calls. A context manager; leaving it ends the process.
+class Waiters(Controlled):
+    """A process with threads that wait in different system calls.
 
     Attributes:
-        pid: its PID.
         base, size: memory to move.
     """
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "waiters"
-        path.write_bytes(b"\0" * 4096)
-        self.process = subprocess.Popen([compiled("mover_waiters"), str(path)])
-        self.pid = self.process.pid
-        with path.open("r+b") as file:
-            self._control = mmap.mmap(file.fileno(), 4096)
-        if not wait_for(lambda: self._at(1) and self._all_wait()):
-            raise RuntimeError("the target did not become ready")
-        self.base, self.size = self._at(2), self._at(3)
+        super().__init__(directory, "mover_waiters")
+        self.await_ready(lambda: self.word(1) and self._all_wait())
+        self.base, self.size = self.word(2), self.word(3)
 
     def _all_wait(self) -> bool:
         """Return whether each thread sleeps in its system call."""
         asleep = [state == "S" for state in threads_of(self.pid).values()]
         return sum(asleep) == len(asleep) == len(WAITERS) + 1 and not self.not_waiting()
 
-    def _at(self, index: int) -> int:
-        return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
-
     def not_waiting(self) -> dict[str, int]:
         """Return the calls that have returned, with 2 if as they had to, else minus errno."""
-        states = {name: self._at(4 + index) for index, name in enumerate(WAITERS)}
-        errors = {name: self._at(36 + index) for index, name in enumerate(WAITERS)}
+        states = {name: self.word(4 + index) for index, name in enumerate(WAITERS)}
+        errors = {name: self.word(36 + index) for index, name in enumerate(WAITERS)}
         return {name: 2 if state == 2 else -errors[name] for name, state in states.items() if state != 1}
 
     def interrupted(self) -> set[str]:
@@ -294,25 +287,16 @@ class Waiters:
 
     def release(self) -> dict[str, int]:
         """Cause the events that the threads wait for, and return :meth:`not_waiting` afterwards."""
-        struct.pack_into("=Q", self._control, 0, 1)
-        wait_for(lambda: self.process.poll() is not None)
+        self.put(0, 1)
+        wait_for(self.ended)
         return self.not_waiting()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._control.close()
 
 
 @contextlib.contextmanager
 def program(code: str, *arguments: str) -> Iterator[tuple[int, str]]:
-    """Start a Python process, and return its PID and first line; skip the test if that is "none"."""
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    """Start a Python process with an open standard input, and return its PID and first line; skip if that is "none"."""
+    command = [sys.executable, "-S", "-E", "-c", code, *arguments]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         try:
             said = process.stdout.readline().strip()
@@ -322,18 +306,6 @@ def program(code: str, *arguments: str) -> Iterator[tuple[int, str]]:
         finally:
             process.kill()
 
-
-SQPOLL = """
-import ctypes, struct, time
-libc = ctypes.CDLL(None, use_errno=True)
-setup = ctypes.create_string_buffer(120)
-struct.pack_into("I", setup, 8, 2)
-if libc.syscall(425, 4, setup) < 0:
-    print("none", flush=True)
-time.sleep(0.1)
-print("ready", flush=True)
-time.sleep(600)
-"""
 
 _NUMBERS = {"x86_64": (206, 323, 273), "ppc64le": (227, 364, 300)}.get(os.uname().machine, (0, 282, 99))
 
@@ -359,10 +331,32 @@ def thread(function, *arguments):
 def clone(flags):
     stack = memory(16) + 16 * PAGE
     return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
+def filter_calls():
+    allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
 """
-"""First lines of a target in Python: system calls by number, memory, threads, clone(2).
+"""First lines of a target in Python: system calls by number, memory, threads, clone(2), a filter of system calls.
 
 Numbers that are not named here are the same on every machine.
+"""
+
+
+READY = "\nprint('ready', flush=True)\ntime.sleep(600)\n"
+"""Last lines of such a target."""
+
+SQPOLL = """
+setup = ctypes.create_string_buffer(120)
+struct.pack_into("I", setup, 8, 2)
+ring = libc.syscall(ctypes.c_long(425), ctypes.c_long(4), setup)
+if ring < 0:
+    print("none", flush=True)
+time.sleep(0.1)
+"""
+"""A target with a thread of the kernel, which serves an io_uring."""
+
+TRACER = """
+assert libc.ptrace(0x4206, int(sys.argv[1]), None, None) == 0  # PTRACE_SEIZE
 """
 
 
@@ -377,6 +371,22 @@ def open_window(process: Process, **arguments: object) -> list[BlockOutcome]:
             with MoverSession(process, GEOMETRY, duty=1.0, **arguments) as session:  # type: ignore[arg-type]
                 return session.move([(block, 2)])
     raise AssertionError("the target has no private memory")
+
+
+def pages_by_order(pid: int | Literal["self"], start: int, size: int) -> Counter[int]:
+    """Return how many pages between two addresses of a process lie in folios of each order."""
+    with open_live(pid) as space:
+        return Counter(space.read([(start, start + size)]).folio_order.tolist())
+
+
+def is_refused(pid: int, reason: str, error: type[MthpError] = CannotStopError, **arguments: object) -> None:
+    """Check that no window opens in a process, for this reason, and that it is as it was."""
+    with Process(pid) as process:
+        before = belongings(pid)
+        with pytest.raises(error, match=reason):
+            open_window(process, **arguments)
+        assert belongings(pid) == before
+        assert process.is_alive()
 
 
 def belongings(pid: int) -> tuple[list[str], list[str], list[str]]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from mthp.errors import UsageError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.means import Means
@@ -22,16 +18,3 @@ def collapse_own(
         size = space.geometry.size_of(space.geometry.check_order(order))
         first, last = -(-address // size) * size, (address + length) // size * size
         return space.collapse_blocks([(block, order) for block in range(first, last, size)], Means("madvise,move"))
-
-
-def collapse_buffer_to(buffer: ArrayLike, order: int, *, journal: SwitchJournal | None = None) -> list[BlockOutcome]:
-    """As :func:`collapse_own`, for the memory of an object with the buffer interface."""
-    try:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UsageError(f"no buffer: {error}") from None
-    with view:
-        if not view.c_contiguous:
-            raise UsageError("the buffer is not contiguous")
-        address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
-        return collapse_own(address, view.nbytes, order, journal=journal)

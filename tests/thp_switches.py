@@ -19,6 +19,11 @@ def size_name(order: int) -> str:
     return f"{mmap.PAGESIZE << order >> 10}kB"
 
 
+def words_per_size() -> dict[str, str]:
+    """Return the text of the switch of each size, by its path."""
+    return {str(path): path.read_text() for path in sorted(THP_ROOT.glob("hugepages-*kB/enabled"))}
+
+
 @contextlib.contextmanager
 def windows_kept_out(patience: float) -> Iterator[None]:
     """Exclude windows of other processes; put back changes of a crashed process first."""

@@ -24,12 +24,6 @@ thp = pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
 PAGES = PMD_SIZE // PAGE_SIZE
 
 
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
-
-
 def test_help_names_every_command_and_the_exit_codes() -> None:
     done = mthp("--help")
     assert (done.returncode, done.stderr) == (0, "")

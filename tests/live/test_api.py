@@ -7,7 +7,6 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 import mthp
 from e2e.helpers import Actor, memory_of, unused_pid
-from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
+from mthp.errors import TargetVanishedError, UsageError
 from mthp.results import ScanResult
 from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
@@ -163,21 +162,6 @@ def test_a_buffer_without_a_whole_range_has_nothing_to_collapse() -> None:
         assert report.ranges.made == len(report.plan.ranges) == 0
 
 
-@pytest.mark.parametrize(
-    "buffer", [5, None, [1, 2], "text", memoryview(bytearray(100))[::2], np.zeros((100, 100))[:, ::2]]
-)
-def test_what_is_no_contiguous_buffer(buffer: Any) -> None:
-    with pytest.raises(UsageError, match=r"buffer|contiguous"):
-        mthp.collapse_buffer(buffer)
-
-
-def test_a_closed_mmap_is_no_buffer() -> None:
-    memory = mmap.mmap(-1, PAGE_SIZE)
-    memory.close()
-    with pytest.raises(UsageError, match="mmap"):
-        mthp.collapse_buffer(memory)
-
-
 COLLAPSE_SELF = """
 import json, sys
 import numpy as np
@@ -211,12 +195,6 @@ def test_a_process_collapses_itself(base_pages: None) -> None:
     assert intact
 
 
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
-
-
 @thp
 def test_inspect_plan_and_collapse_another_process(base_pages: None, actor: Actor) -> None:
     address = actor.map(3 * PMD_SIZE)
@@ -235,31 +213,6 @@ def test_inspect_plan_and_collapse_another_process(base_pages: None, actor: Acto
     assert vma.pages.by_order() == {9: 2 * PAGES}
     assert vma.pages.state("pmd_mapped") == 2 * PAGES
     assert actor.damaged(address, 2 * PAGES) == 0
-
-
-@thp
-@pytest.mark.parametrize("policy", ["pmd-only", "rfc", "per-order", "mainline"])
-def test_a_plan_on_a_snapshot_equals_that_on_the_process(actor: Actor, tmp_path: Path, policy: str) -> None:
-    pytest.importorskip("pyarrow")
-    from mthp.snapshot import record
-    from mthp.targets import open_target
-
-    address = actor.map(8 * PMD_SIZE)
-    actor.fill(address, 700, 3)
-    actor.fill(address + 6 * PMD_SIZE, 100)
-    actor.tell("read", address + 6 * PMD_SIZE + 200 * PAGE_SIZE, 50, 1)
-    with open_target(actor.pid) as space:
-        record(space, tmp_path / "actor.parquet")
-    live = mthp.plan(actor.pid, policy=policy, max_ptes_none=200)
-    recorded = mthp.plan(tmp_path / "actor.parquet", policy=policy, max_ptes_none=200)
-    assert recorded.folios.address.tolist() == live.folios.address.tolist()
-    assert recorded.folios.order.tolist() == live.folios.order.tolist()
-    assert recorded.ranges.address.tolist() == live.ranges.address.tolist()
-    assert recorded.ranges_by_result == live.ranges_by_result
-    assert recorded.filled_bytes == live.filled_bytes
-    assert recorded.left == live.left
-    with pytest.raises(UnsupportedError, match="snapshot"):
-        mthp.collapse(tmp_path / "actor.parquet", trigger="madvise", policy="pmd-only")
 
 
 VERBS = """
@@ -301,9 +254,3 @@ try:
 except mthp.MthpError as error:
     print(type(error).__name__, error)
 """
-
-
-def test_an_ancestor_is_not_collapsed() -> None:
-    done = subprocess.run([sys.executable, "-c", ANCESTOR], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("UsageError")
-    assert "ancestor" in done.stdout

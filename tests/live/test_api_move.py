@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 import mthp
+from mover_targets import pages_by_order
 from mthp.errors import UnsupportedError, UsageError
-from mthp.linux.live import open_live
 from mthp.results import ScanResult
 from targets import PAGE_SIZE, map_aligned
-from thp_switches import THP_ROOT, ThpSwitches
+from thp_switches import ThpSwitches, words_per_size
 from waiting import PATIENCE
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "pfns", "4k-pages")]
@@ -29,13 +28,7 @@ K64 = 64 << 10
 
 
 @pytest.fixture
-def all_off(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
-
-
-@pytest.fixture
-def memory(all_off: None) -> Iterator[NDArray[np.uint64]]:
+def memory(no_sizes: None) -> Iterator[NDArray[np.uint64]]:
     """Memory of small pages, filled with a pattern."""
     address = map_aligned(SIZE, 0)
     array = np.frombuffer(memoryview((ctypes.c_char * SIZE).from_address(address)).cast("B"), np.uint64)
@@ -48,19 +41,13 @@ def address_of(array: NDArray[np.uint64]) -> int:
     return int(array.ctypes.data)
 
 
-def orders(array: NDArray[np.uint64]) -> dict[int, int]:
-    with open_live("self") as space:
-        start = address_of(array)
-        return dict(Counter(space.read([(start, start + array.nbytes)]).folio_order.tolist()))
-
-
-def switches() -> dict[str, str]:
-    return {str(path): path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+def orders(array: NDArray[np.uint64]) -> Counter[int]:
+    return pages_by_order("self", address_of(array), array.nbytes)
 
 
 @pytest.mark.parametrize("order", [2, 4, 8, 9])
 def test_a_buffer_becomes_folios_of_an_order(memory: NDArray[np.uint64], order: int) -> None:
-    words = switches()
+    words = words_per_size()
     report = mthp.collapse_buffer(memory, order=order)
     assert report.complete
     made = report.ranges.made if order == 9 else report.folios[order].made
@@ -68,7 +55,7 @@ def test_a_buffer_becomes_folios_of_an_order(memory: NDArray[np.uint64], order: 
     assert report.copied_bytes == SIZE
     assert orders(memory) == {order: SIZE // PAGE_SIZE}
     assert (memory == np.arange(SIZE // 8, dtype=np.uint64)).all()
-    assert switches() == words
+    assert words_per_size() == words
     again = mthp.collapse_buffer(memory, order=order)
     assert again.complete
     assert again.copied_bytes == 0
@@ -96,35 +83,6 @@ def test_holes_are_filled_when_that_is_wanted(memory: NDArray[np.uint64]) -> Non
     assert not memory[PAGE_SIZE // 8 : 2 * PAGE_SIZE // 8].any()
 
 
-@pytest.mark.slow
-def test_while_threads_write_and_check(memory: NDArray[np.uint64]) -> None:
-    stop, wrong, rounds = threading.Event(), [], [0] * 3
-    memory[:] = 0
-
-    def write(number: int) -> None:
-        mine = memory[number :: 8 * 3]
-        value = 0
-        while not stop.is_set():
-            if not (mine == value).all():
-                wrong.append(number)
-            value += 1
-            mine[:] = value
-            rounds[number] += 1
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        made = [mthp.collapse_buffer(memory, order).folios[order].made for order in (2, 3, 4, 6)]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
-    assert min(rounds) > 0
-    assert made == [SIZE // (PAGE_SIZE << order) for order in (2, 3, 4, 6)]
-
-
 def test_wrong_usage(memory: NDArray[np.uint64]) -> None:
     for order in (0, 1, 10):
         with pytest.raises(UsageError, match="order"):
@@ -135,18 +93,6 @@ def test_wrong_usage(memory: NDArray[np.uint64]) -> None:
         mthp.collapse_buffer(memory, 4, verify=True)
     assert orders(memory) == {0: SIZE // PAGE_SIZE}
 
-
-SELF = """
-import sys
-sys.path.insert(0, {tests!r})
-import mthp, numpy as np, ctypes
-from targets import map_aligned
-address = map_aligned(8 << 20, 0)
-array = np.frombuffer(memoryview((ctypes.c_char * (8 << 20)).from_address(address)).cast("B"), np.uint64)
-array[:] = 7
-report = mthp.collapse_self(orders="64K", max_ptes_none=0, mechanism="move")
-print(report.folios[4].made, int((array == 7).all()), report.windows.count)
-"""
 
 NOBODY = """
 import os, sys
@@ -178,17 +124,8 @@ def in_python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.usefixtures("all_off")
-def test_a_process_collapses_itself() -> None:
-    made, intact, windows = map(int, in_python(SELF).split())
-    assert made >= 128
-    assert intact == 1
-    # No thread was stopped.
-    assert windows == 0
-
-
 @pytest.mark.slow
-def test_without_rights_it_takes_a_size_that_is_on(all_off: None, thp_switches: ThpSwitches) -> None:
+def test_without_rights_it_takes_a_size_that_is_on(no_sizes: None, thp_switches: ThpSwitches) -> None:
     said = in_python(NOBODY)
     assert said.startswith("NotPermittedError")
     assert "hugepages-64kB/enabled" in said

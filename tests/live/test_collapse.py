@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,19 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json
-from mthp.units import format_size
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("root", "thp"),
+    pytest.mark.usefixtures("thp_switches"),
+]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 FULL, SOME, EMPTY = 4, (300, 200, 1), 2
 """The layout: PMD ranges that are full, pages in those that are not, and ranges without any."""
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-
-
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
 
 
 @dataclass(frozen=True)
@@ -154,15 +145,6 @@ def test_a_budget_stops_before_it_is_overspent(actor: Actor) -> None:
     layout.check_contents()
 
 
-def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
-    Layout.of(actor)
-    before = memory_of(actor.pid)
-    report = mthp_json("collapse", actor.pid, *options("--max-bloat", "10%"), code=1)
-    check_against_smaps(report, before, memory_of(actor.pid))
-    assert report["bloat_bytes"] <= before.rss // 10
-    assert report["over_budget_ranges"]
-
-
 @pytest.mark.slow
 def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
     layout = Layout.of(actor)
@@ -182,24 +164,6 @@ def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> N
     assert high["min_coverage_reached"]
     predicted = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", wanted, "--dry-run")
     assert predicted["min_coverage_reached"]
-
-
-@pytest.mark.slow
-def test_the_coverage_is_that_of_the_pages(actor: Actor) -> None:
-    # Memory that must not change counts as resident, but is not planned.
-    spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
-    actor.fill(spared, PAGES)
-    layout = Layout.of(actor)
-    report = mthp_json(
-        "collapse", actor.pid, "--orders", f"order={PMD_ORDER}", "--max-ptes-none", 0, "--min-coverage", 0
-    )
-    start, end = layout.address, layout.address + (FULL + len(SOME) + EMPTY) * PMD_SIZE
-    assert layout.memory.anon_huge == FULL * PMD_SIZE
-    huge = FULL * PAGES / (FULL * PAGES + sum(SOME))
-    narrow = mthp_json("inspect", actor.pid)
-    (vma,) = [vma for vma in narrow["vmas"] if (vma["start"], vma["end"]) == (hex(start), hex(end))]
-    assert vma["huge_coverage"] == pytest.approx(huge)
-    assert report["coverage"] == pytest.approx(report["plan"]["coverage_after"])
 
 
 def test_who_said_no_is_left_alone(actor: Actor) -> None:
@@ -224,25 +188,6 @@ def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
     assert planned(report) == report["collapsed_ranges"] == 0
     assert any("PR_SET_THP_DISABLE" in left["reason"] for left in report["plan"]["left_alone"])
     layout.check_contents()
-
-
-@pytest.mark.slow
-def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor) -> None:
-    address = actor.map(PMD_SIZE)
-    actor.fill(address, 32)
-    before = memory_of(actor.pid, address, address + PMD_SIZE)
-    only_call = ("--mechanism", "madvise")
-    report = mthp_json("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call, code=1)
-    assert report["needs_move_folios"]["5"] >= 1
-    assert report["folios"] == {}
-    assert not report["complete"]
-    assert memory_of(actor.pid, address, address + PMD_SIZE) == before
-    done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call)
-    assert done.returncode == 1
-    assert "only the mover makes them" in done.stdout
-    done = mthp("collapse", actor.pid, "--mechanism", "move", "--orders", f"order={PMD_ORDER}")
-    assert done.returncode == 2
-    assert f"no folios of {format_size(PMD_SIZE)}" in done.stderr
 
 
 def many(actor: Actor, count: int = 40) -> int:

@@ -14,10 +14,13 @@ from e2e.helpers import Actor, memory_of, mthp, mthp_json
 from memory_cgroups import MemoryCgroup, memory_cgroup
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE
-from thp_switches import ThpSwitches
 from waiting import until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
+pytestmark = [
+    pytest.mark.usefixtures("no_sizes"),
+    pytest.mark.live,
+    pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages"),
+]
 
 MIB = 1 << 20
 LIMIT, MAPPED, STEP, GROWTH, RESERVE = 400 * MIB, 1 << 30, 128 << 10, 40 * MIB, 64 * MIB
@@ -25,12 +28,6 @@ PAGES = MAPPED // STEP
 """A page in each 128K of 1 GiB: 32M are resident, and a collapse of all would add the rest."""
 
 PMD = ("--orders", f"order={PMD_ORDER}")
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
 
 
 @pytest.fixture

@@ -15,11 +15,15 @@ import pytest
 from e2e.helpers import mthp_json
 from mover_targets import GEOMETRY, Writers, belongings
 from mthp.linux.mover.steps import Step
-from targets import PMD_ORDER
-from thp_switches import THP_ROOT, ThpSwitches, size_name
+from thp_switches import words_per_size
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
+pytestmark = [
+    pytest.mark.usefixtures("thp_switches"),
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "mthp", "mover", "pagemap_scan"),
+]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
 OPTIONS = (
@@ -38,16 +42,6 @@ STRIDE = int(os.environ.get("MTHP_TEST_STRIDE", "16"))
 """Every so-many-th step; MTHP_TEST_STRIDE=1 takes them all."""
 
 
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only(size_name(PMD_ORDER), word="inherit")
-
-
-def switches() -> dict[str, str]:
-    return {str(path): path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
-
-
 def collapse(pid: int, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*FAULTY, "collapse", str(pid), *OPTIONS],
@@ -64,7 +58,7 @@ def _has(pid: int, what: object) -> bool:
 
 
 def test_killed_at_numbered_steps(tmp_path: Path) -> None:
-    words = switches()
+    words = words_per_size()
 
     def steps_of(target: Writers, **environment: str) -> tuple[int, list[str]]:
         """Exit code and steps of a collapse."""
@@ -91,7 +85,7 @@ def test_killed_at_numbered_steps(tmp_path: Path) -> None:
             step = steps[-1]
             assert target.survives(), f"the target died when mthp was killed {when} step {number}, {step}"
             until(partial(_has, target.pid, before), "nothing of mthp to be left in the target")
-            until(lambda: switches() == words, "the watcher to put switches back")
+            until(lambda: words_per_size() == words, "the watcher to put switches back")
             restored = mthp_json("doctor", "--restore")
             assert (restored["restored"], restored["removed"]) == ([], [])
             again = collapse(target.pid)

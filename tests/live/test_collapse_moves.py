@@ -7,48 +7,29 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e.helpers import MTHP, Actor, mthp, mthp_json
-from mover_targets import GEOMETRY, Writers, mappings
+from memory_cgroups import memory_cgroup
+from mover_targets import GEOMETRY, Writers, mappings, pages_by_order
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE, STRICT, is_strict
-from thp_switches import THP_ROOT, ThpSwitches, size_name
+from thp_switches import words_per_size
 from waiting import FACTOR, PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
+pytestmark = [
+    pytest.mark.usefixtures("thp_switches"),
+    pytest.mark.live,
+    pytest.mark.requires("root", "mthp", "mover", "pagemap_scan"),
+]
 
 PAUSE, LONG_PAUSE = f"{round(5 * FACTOR)}ms", f"{round(20 * FACTOR)}ms"
 PAGES = PMD_SIZE // PAGE_SIZE
 MOVE, BOTH = ("--mechanism", "move"), ("--mechanism", "madvise,move")
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only(size_name(PMD_ORDER), word="inherit")
-
-
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
-
-
-def folios(pid: int, start: int, size: int) -> dict[int, int]:
-    """Pages by the order of the folio that they lie in."""
-    with open_live(pid) as space:
-        return dict(Counter(space.read([(start, start + size)]).folio_order.tolist()))
-
-
-def switches() -> dict[str, str]:
-    return {str(path): path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+SIXTY_FOUR = ("--orders", "64K", "--max-ptes-none", "0", *MOVE)
 
 
 def check_accounts(report: dict[str, Any]) -> None:
@@ -72,13 +53,13 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     actor.fill(address + PMD_SIZE, 256)
     actor.fill(address + 2 * PMD_SIZE, 16)
     actor.fill(address + 3 * PMD_SIZE, 4)
-    before, words = mappings(actor.pid), switches()
+    before, words = mappings(actor.pid), words_per_size()
     # Room to breathe: how long a pause is depends on the machine that the test shares.
     done = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--verify", "--max-pause", LONG_PAUSE, "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["complete"]) in {(0, True), (1, False)}
     check_accounts(report)
-    assert folios(actor.pid, address, 4 * PMD_SIZE) == {
+    assert pages_by_order(actor.pid, address, 4 * PMD_SIZE) == {
         PMD_ORDER: PAGES,
         8: 256,
         4: 16,
@@ -88,7 +69,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     for offset, pages in ((0, PAGES), (1, 256), (2, 16), (3, 4)):
         assert actor.damaged(address + offset * PMD_SIZE, pages) == 0
     assert mappings(actor.pid) == before
-    assert switches() == words
+    assert words_per_size() == words
     assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["4"] == "move"
     assert report["verified"]
@@ -110,13 +91,13 @@ def test_the_table_says_the_same(actor: Actor) -> None:
     assert line[1] == "made"
     assert int(line[2]) >= 4
     assert "folios each: p50" in done.stdout
-    assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
+    assert pages_by_order(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
 
 
 def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     address = actor.map(2 * PMD_SIZE)
     actor.fill(address, PAGES + 64)
-    before = folios(actor.pid, address, 2 * PMD_SIZE)
+    before = pages_by_order(actor.pid, address, 2 * PMD_SIZE)
     report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run")
     assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["6"] == "move"
@@ -125,7 +106,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     only_call = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run", "--mechanism", "madvise")
     assert only_call["mechanism_by_order"]["6"] is None
     actor.tell("set_thp_disable", 0)
-    assert folios(actor.pid, address, 2 * PMD_SIZE) == before
+    assert pages_by_order(actor.pid, address, 2 * PMD_SIZE) == before
     text = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run").stdout
     assert "stopped repeatedly" in text
 
@@ -147,7 +128,7 @@ def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> 
     assert "1 ms" in report["move_price"]
     assert "injected" not in done.stderr
     assert mappings(actor.pid) == before
-    assert folios(actor.pid, address, 2 * PMD_SIZE) == {PMD_ORDER: PAGES, 0: 64, -1: PAGES - 64}
+    assert pages_by_order(actor.pid, address, 2 * PMD_SIZE) == {PMD_ORDER: PAGES, 0: 64, -1: PAGES - 64}
     text = mthp("collapse", actor.pid, "--max-ptes-none", 0).stdout
     assert "--mechanism move" in text
     assert "injects code" in text
@@ -162,10 +143,10 @@ def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
     assert without["folios"]["4"]["failed"]["EXCEED_NONE_PTE"] >= 16
     assert without["bloat_bytes"] == 0
     assert "--fill" in mthp("collapse", actor.pid, *options).stdout
-    assert folios(actor.pid, address, PMD_SIZE)[0] == 32
+    assert pages_by_order(actor.pid, address, PMD_SIZE)[0] == 32
     report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--max-bloat", "none", "--json").stdout)
     check_accounts(report)
-    assert folios(actor.pid, address, PMD_SIZE) == {4: 256, -1: PAGES - 256}
+    assert pages_by_order(actor.pid, address, PMD_SIZE) == {4: 256, -1: PAGES - 256}
     assert report["bloat_bytes"] >= 16 * 14 * PAGE_SIZE
     assert actor.damaged(address, 32, 8) == 0
     assert actor.unwritten(address + PAGE_SIZE, 7) == 7
@@ -181,18 +162,7 @@ def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
     check_accounts(report)
     assert report["bloat_bytes"] <= PAGE_SIZE
     assert report["folios"]["4"]["over_budget"] >= 16
-    assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
-
-
-@pytest.mark.slow
-def test_a_rate_is_kept(actor: Actor) -> None:
-    address = actor.map(4 * PMD_SIZE)
-    actor.fill(address, 4 * PAGES)
-    report = json.loads(
-        mthp("collapse", actor.pid, "--orders", "order=6", "--max-ptes-none", 0, *MOVE, "--rate", "8M", "--json").stdout
-    )
-    assert report["folios"]["6"]["made"] >= 32
-    assert report["elapsed_seconds"] >= (report["moved_bytes"] - (1 << 20)) / (8 << 20)
+    assert pages_by_order(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
 
 
 @pytest.mark.slow
@@ -232,23 +202,6 @@ def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
             target.kill()
 
 
-def test_a_traced_target_is_told(tmp_path: Path) -> None:
-    code = "import ctypes, sys, time; l = ctypes.CDLL(None)\n"
-    code += "assert l.ptrace(0x4206, int(sys.argv[1]), None, None) == 0; print('ready', flush=True); time.sleep(600)"
-    with (
-        Writers(tmp_path, 2, 4) as target,
-        subprocess.Popen([sys.executable, "-c", code, str(target.pid)], stdout=subprocess.PIPE) as tracer,
-    ):
-        assert tracer.stdout is not None
-        tracer.stdout.readline()
-        report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, code=1)
-        assert any("traced" in reason and str(tracer.pid) in reason for reason in reasons(report))
-        tracer.kill()
-        tracer.wait()
-        assert target.progresses()
-        assert target.finish() == 0
-
-
 def started(pid: int, *options: object) -> subprocess.Popen[str]:
     """A collapse that takes some seconds, once something was moved."""
     arguments = [
@@ -266,7 +219,7 @@ def started(pid: int, *options: object) -> subprocess.Popen[str]:
 
 
 def has_folios(target: Writers) -> bool:
-    return folios(target.pid, target.base, target.size).get(4, 0) > 0
+    return pages_by_order(target.pid, target.base, target.size).get(4, 0) > 0
 
 
 def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
@@ -281,7 +234,7 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     with Writers(tmp_path, 3, 32) as target:
-        before, words = mappings(target.pid), switches()
+        before, words = mappings(target.pid), words_per_size()
         running = started(target.pid, "--rate", "8M")
         until(lambda: has_folios(target), "something is moved")
         running.send_signal(number)
@@ -291,30 +244,9 @@ def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> No
         assert tally["made"] > 0
         assert tally["not_tried"] > 0
         assert mappings(target.pid) == before
-        assert switches() == words
+        assert words_per_size() == words
         assert target.progresses()
         assert target.finish() == 0
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle(tmp_path: Path) -> None:
-    """Check that the target is intact and switches are put back. Code that no thread runs may remain."""
-    words = switches()
-    survivors = 0
-    for delay in (0.0, 0.01, 0.03, 0.05):
-        with Writers(tmp_path, 3, 16) as target:
-            running = started(target.pid, "--max-pause", PAUSE, "--pause-share", "20%")
-            until(lambda target=target: has_folios(target), "something is moved")  # type: ignore[misc]
-            time.sleep(delay)
-            running.kill()
-            running.communicate()
-            survivors += (survives := target.survives())
-            assert target.errors == 0
-            until(lambda: switches() == words, "the watcher to put switches back")
-            assert mthp_json("doctor", "--restore")["restored"] == []
-            assert not survives or target.finish() == 0
-    # The kernel kills the target with its tracer at some moments, which are few.
-    assert survivors > 0
 
 
 @pytest.mark.slow
@@ -322,11 +254,11 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
     """Ctrl-Z stops mthp once the target runs and switches are put back; SIGCONT continues it."""
     with Writers(tmp_path, 3, 4) as target:
-        words = switches()
+        words = words_per_size()
         running = suspended(target.pid, step)
         try:
             assert target.progresses()
-            assert switches() == words
+            assert words_per_size() == words
         finally:
             running.send_signal(signal.SIGCONT)
         outcome_of(running)
@@ -354,71 +286,51 @@ def suspended(pid: int, step: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_the_target_is_killed_in_the_middle(tmp_path: Path) -> None:
-    with Writers(tmp_path, 3, 32) as target:
-        running = started(target.pid, "--rate", "8M")
-        until(lambda: has_folios(target), "something is moved")
-        target.process.kill()
-        code, report = outcome_of(running)
-        assert code == 4
-        assert report["vanished"]
-        assert report["folios"]["4"]["not_tried"] > 0
-
-
-@pytest.mark.slow
-def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
-    address = actor.map(16 * PMD_SIZE)
-    actor.fill(address, 16 * PAGES)
-    running = started(actor.pid, "--rate", "16M")
-    until(lambda: folios(actor.pid, address, 16 * PMD_SIZE).get(4, 0) > 0, "something is moved")
-    actor.tell("munmap", address + 8 * PMD_SIZE, 8 * PMD_SIZE)
-    code, report = outcome_of(running)
-    assert code == 1
-    assert report["folios"]["4"]["failed"]["NO_PTE_TABLE"] >= 32
-    assert folios(actor.pid, address, 8 * PMD_SIZE) == {4: 8 * PAGES}
-    assert actor.damaged(address, 8 * PAGES) == 0
-
-
-@pytest.mark.slow
 def test_two_at_once(tmp_path: Path) -> None:
     """Run one of them, or both in turn: the one that finds the target traced reports it, and nothing breaks."""
     with Writers(tmp_path, 3, 16) as target:
-        words = switches()
+        words = words_per_size()
         both = [started(target.pid, "--max-pause", PAUSE) for _ in range(2)]
         reports = [outcome_of(running)[1] for running in both]
         assert sum(report["folios"]["4"]["made"] for report in reports) > 0
         said = reasons(reports[0]) | reasons(reports[1])
         assert not any("Errno" in reason for reason in said)
-        assert switches() == words
+        assert words_per_size() == words
         assert target.errors == 0
         # The next run makes a block that each of them reached while the other traced the target.
         outcome_of(started(target.pid, "--max-pause", PAUSE))
-        assert folios(target.pid, target.base, target.size) == {4: target.size // PAGE_SIZE}
+        assert pages_by_order(target.pid, target.base, target.size) == {4: target.size // PAGE_SIZE}
         assert target.finish() == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--max-pause", "0"), "not above 0"),
-        (("--max-pause", "0ms"), "pause"),
-        (("--max-pause", "2h"), "pause"),
-        (("--max-pause", "fast"), "not a duration"),
-        (("--pause-share", "0"), "pause-share"),
-        (("--pause-share", "2"), "pause-share"),
-        (("--pause-share", "nan"), "pause-share"),
-        (("--fill", "--mechanism", "madvise"), "fill"),
-        (("--verify", "--mechanism", "madvise"), "verify"),
-        (
-            ("--mechanism", "move", "--orders", f"order=4,order={PMD_ORDER}"),
-            f"no folios of {GEOMETRY.label(PMD_ORDER)}",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_refused(actor: Actor, options: tuple[str, ...], said: str) -> None:
-    before = mappings(actor.pid)
-    done = mthp("collapse", actor.pid, *options)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stdout == ""
-    assert mappings(actor.pid) == before
+@pytest.mark.requires("4k-pages")
+def test_little_memory_left_in_its_cgroup(actor: Actor) -> None:
+    """A refill that is over the limit would end the target, so it is not begun."""
+    with memory_cgroup() as cgroup:
+        cgroup.enter(actor.pid)
+        cgroup.limit(40 << 20)
+        address = actor.map(4 * PMD_SIZE)
+        actor.fill(address, 4 * PAGES)
+        report = mthp_json("collapse", actor.pid, *SIXTY_FOUR, code=1)
+        assert f"of 40M are left in {cgroup.directory}" in report["room"]
+        assert report["folios"]["4"]["made"] == 0
+        assert report["folios"]["4"]["over_reserve"] >= 128
+        assert pages_by_order(actor.pid, address, 4 * PMD_SIZE) == {0: 4 * PAGES}
+        assert actor.damaged(address, 4 * PAGES) == 0
+        cgroup.limit(1 << 30)
+        report = json.loads(mthp("collapse", actor.pid, *SIXTY_FOUR, "--json").stdout)
+        assert report["folios"]["4"]["made"] >= 128
+        assert actor.damaged(address, 4 * PAGES) == 0
+        actor.kill()
+
+
+@pytest.mark.requires("4k-pages")
+def test_a_process_without_rights_needs_none() -> None:
+    """Its userfaultfd sees faults of user mode only, which vm.unprivileged_userfaultfd does not forbid."""
+    with Actor(as_nobody=True) as actor:
+        address = actor.map(PMD_SIZE)
+        actor.fill(address, PAGES)
+        report = json.loads(mthp("collapse", actor.pid, *SIXTY_FOUR, "--verify", "--json").stdout)
+        assert report["folios"]["4"]["made"] >= 32
+        assert pages_by_order(actor.pid, address, PMD_SIZE) == {4: PAGES}
+        assert actor.damaged(address, PAGES) == 0

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from e2e.helpers import mthp, mthp_json
+from mover_targets import READY, program
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
 
 TARGET = """
-import ctypes, mmap, sys
+import ctypes, mmap, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -53,25 +52,13 @@ to = -(-hole // PMD) * PMD + 16 * PAGE
 assert libc.mremap(heap, 4 * PMD, 4 * PMD, 3, to) == to
 """
 
-READY = """
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[int]:
     """Start a process that makes the layout of the parameter, and return its PID."""
-    code = (
-        TARGET.format(pmd=PMD_SIZE, page=PAGE_SIZE) + request.param + "\nprint('ready', flush=True)\nsys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process.pid
-        process.kill()
+    code = TARGET.format(pmd=PMD_SIZE, page=PAGE_SIZE) + request.param + READY
+    with program(code) as (pid, _):
+        yield pid
 
 
 def rollup(pid: int) -> dict[str, int]:

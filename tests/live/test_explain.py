@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import mthp, mthp_json
+from mover_targets import program
 from mthp.engine.explain import Explanation, explain_space
 from mthp.linux import kernel_scans
 from mthp.linux.kernel_scans import watch_scans
@@ -22,12 +23,6 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", 
 
 N = PMD_SIZE // PAGE_SIZE
 MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_PAGEOUT, MADV_COLLAPSE = 14, 15, 21, 25
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
 
 
 @pytest.fixture
@@ -166,33 +161,29 @@ assert libc.syscall(ctypes.c_long(427), ctypes.c_long(ring), ctypes.c_long(0), v
 
 
 @pytest.fixture
-def program(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterator[tuple[int, int]]:
+def target(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterator[tuple[int, int]]:
     """Start the process of the parameter, and return its PID and the address of its memory."""
     # No fault brings a huge page.
     thp_switches.default()
     code = (PROGRAM + request.param).format(pmd=PMD_SIZE, page=PAGE_SIZE)
-    code += "\nprint(start, flush=True)\nsys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
+    with program(f"{code}\nprint(start, flush=True)\nsys.stdin.read()") as (pid, said):
+        if not said:
             pytest.skip("this machine does not allow it")
-        yield process.pid, int(line)
-        process.kill()
+        yield pid, int(said)
 
 
-@pytest.mark.parametrize("program", [USERFAULTFD], indirect=True)
-def test_registered_with_userfaultfd(program: tuple[int, int]) -> None:
-    found = stopped(*program)
+@pytest.mark.parametrize("target", [USERFAULTFD], indirect=True)
+def test_registered_with_userfaultfd(target: tuple[int, int]) -> None:
+    found = stopped(*target)
     assert "registered with userfaultfd" in found["madvise"]
     assert "userfaultfd" in found["move"]
 
 
-@pytest.mark.parametrize("program", [IO_URING], indirect=True)
-def test_pinned(program: tuple[int, int]) -> None:
-    found = stopped(*program)
+@pytest.mark.parametrize("target", [IO_URING], indirect=True)
+def test_pinned(target: tuple[int, int]) -> None:
+    found = stopped(*target)
     assert all("a page is pinned" in found[maker] for maker in ("khugepaged", "madvise", "move"))
-    assert f"{program[1]:#x}" in found["move"]
+    assert f"{target[1]:#x}" in found["move"]
 
 
 def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, small: int) -> None:

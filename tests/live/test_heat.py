@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from e2e.helpers import mthp_json
+from mover_targets import program
 from mthp.abilities import heat_of
 from mthp.errors import UnsupportedError
 from mthp.heat import Heat, HeatRequest
@@ -70,13 +71,8 @@ def target(*, apart: bool = False, advised: bool = False) -> Iterator[tuple[int,
     """
     page = os.sysconf("SC_PAGESIZE")
     arguments = [str(each) for each in (RANGES, PMD_SIZE, page, ",".join(map(str, HOT)), int(apart), int(advised))]
-    process = subprocess.Popen([sys.executable, "-c", _TARGET, *arguments], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.pid, int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.communicate()
+    with program(_TARGET, *arguments) as (pid, start):
+        yield pid, int(start)
 
 
 def hot_share(heat: Heat | None, start: int, step: int = 1) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mthp.linux import procfs
-from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.live import LiveAddressSpace
 from mthp.ptes import ORDER_NONE, Pte, PteColumns
 from mthp.vma import VmaKind
 from targets import (
@@ -43,12 +43,6 @@ def puppet() -> Iterator[Puppet]:
     with Puppet() as puppet:
         puppet.stay_on_one_cpu()
         yield puppet
-
-
-@pytest.fixture
-def space(puppet: Puppet) -> Iterator[LiveAddressSpace]:
-    with open_live(puppet.pid) as space:
-        yield space
 
 
 def size_at(space: LiveAddressSpace, address: int, name: str) -> int:

@@ -9,13 +9,13 @@ import pytest
 
 import mthp
 from mthp.engine.scanner import PassEnd
-from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.live import LiveAddressSpace
 from mthp.means import Means
 from mthp.ptes import Pte
 from mthp.results import ScanResult
 from mthp.testing import check_address_space
 from mthp.tunables import Tunables
-from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_SIZE, Puppet
+from targets import MADV_HUGEPAGE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "pfns", "thp", "mthp", "4k-pages")]
@@ -30,12 +30,6 @@ def puppet(thp_switches: ThpSwitches) -> Iterator[Puppet]:
     thp_switches.only()
     with Puppet() as puppet:
         yield puppet
-
-
-@pytest.fixture
-def space(puppet: Puppet) -> Iterator[LiveAddressSpace]:
-    with open_live(puppet.pid) as space:
-        yield space
 
 
 def pace(pages_to_scan: int) -> Tunables:
@@ -89,47 +83,3 @@ def test_smaller_orders_are_moved(puppet: Puppet, space: LiveAddressSpace) -> No
     assert orders[0, :49].tolist() == [4] * 48 + [-1]
     assert orders[1, :17].tolist() == [4] * 16 + [-1]
     assert space.take_pauses()
-
-
-def test_the_switches_are_obeyed_as_they_are_at_each_moment(
-    puppet: Puppet, space: LiveAddressSpace, thp_switches: ThpSwitches
-) -> None:
-    advised, other = written(puppet, N), written(puppet, N, advice=MADV_NOHUGEPAGE)
-    daemon = mthp.Khugepaged(tunables=pace(1 << 20))
-    assert not daemon.enter(space)
-    thp_switches.set("hugepages-2048kB/enabled", "madvise")
-    assert daemon.enter(space)
-    daemon.do_scan()
-    assert space.read([(advised, advised + PMD_SIZE)]).has(Pte.PMD_MAPPED).all()
-    assert not space.read([(other, other + PMD_SIZE)]).has(Pte.PMD_MAPPED).any()
-
-
-def test_the_budget_spreads_a_round_over_passes(puppet: Puppet, space: LiveAddressSpace) -> None:
-    address = written(puppet, *[N] * 6)
-    within = (address, address + 6 * PMD_SIZE)
-    daemon = mthp.Khugepaged(orders=[9], within=within, tunables=pace(2 * N))
-    daemon.enter(space)
-    collapsed = []
-    for _ in range(4):
-        daemon.do_scan()
-        collapsed.append(daemon.pages_collapsed)
-    assert collapsed == [2, 4, 6, 6]
-    assert daemon.full_scans >= 1
-
-
-def test_a_target_that_dies_is_dropped(puppet: Puppet, space: LiveAddressSpace) -> None:
-    written(puppet, N)
-    daemon = mthp.Khugepaged(orders=[9], tunables=pace(1 << 20))
-    daemon.enter(space)
-    puppet.kill()
-    daemon.do_scan()
-    assert daemon.slots == ()
-
-
-def test_a_forced_visit_collapses_whatever_the_limits_and_switches_say(puppet: Puppet, space: LiveAddressSpace) -> None:
-    address = written(puppet, N, 5)
-    within = (address, address + 2 * PMD_SIZE)
-    daemon = mthp.Khugepaged(orders=None, trigger="madvise", max_ptes_none=0, within=within, tunables=pace(1 << 20))
-    assert daemon.enter(space)
-    daemon.full_scan()
-    assert space.read([within]).has(Pte.PMD_MAPPED).all()

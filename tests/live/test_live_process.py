@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,12 +33,6 @@ pytestmark = pytest.mark.live
 
 TIB = 1 << 40
 NOBODY = 65534
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
 
 
 def kernel_thread() -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from e2e.helpers import Actor
-from mover_targets import BLOCK, GEOMETRY, Writers, mappings
+from mover_targets import BLOCK, GEOMETRY, mappings, pages_by_order
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import mapping
 from mthp.linux.mover.freeze import FrozenProcess
@@ -18,28 +17,20 @@ from mthp.means import Means
 from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
-from thp_switches import THP_ROOT, ThpSwitches
-from waiting import FACTOR, until
+from thp_switches import words_per_size
+from waiting import FACTOR
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
+pytestmark = [
+    pytest.mark.usefixtures("no_sizes"),
+    pytest.mark.live,
+    pytest.mark.requires("root", "mthp", "mover", "pagemap_scan"),
+]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 HALF = PMD_SIZE // 2
 PAUSE_NS = int(20_000_000 * FACTOR)
 MAX_PAUSE = PAUSE_NS / 1e9
 MOVE = Means(mechanism="move", max_pause=MAX_PAUSE, pause_share=1.0)
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
-
-
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
 
 
 @pytest.fixture
@@ -52,34 +43,25 @@ def blocks(start: int, size: int, order: int) -> list[Block]:
     return [(address, order) for address in range(start, start + size, GEOMETRY.size_of(order))]
 
 
-def orders(space: LiveAddressSpace, start: int, size: int) -> dict[int, int]:
-    """Pages by the order of the folio that they lie in."""
-    return dict(Counter(space.read([(start, start + size)]).folio_order.tolist()))
-
-
 def results(outcomes: list[BlockOutcome]) -> dict[ScanResult, int]:
     return dict(Counter(outcome.result for outcome in outcomes))
-
-
-def switches() -> dict[Path, str]:
-    return {path: path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
 
 
 def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, 4 * PMD_SIZE // PAGE_SIZE)
-    before, words = mappings(actor.pid), switches()
+    before, words = mappings(actor.pid), words_per_size()
     wanted = blocks(address, HALF, 2) + blocks(address + PMD_SIZE, PMD_SIZE, PMD_ORDER)
     wanted += blocks(address + HALF, HALF, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
     wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
     outcomes = space.collapse_blocks(wanted, Means("madvise,move", max_pause=MAX_PAUSE, pause_share=1.0, verify=True))
     assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
-    assert orders(space, address, 4 * PMD_SIZE) == {
+    assert pages_by_order(actor.pid, address, 4 * PMD_SIZE) == {
         2: PAGES // 2,
         7: PAGES // 2,
         **dict.fromkeys((PMD_ORDER, 4, 8), PAGES),
     }
-    assert switches() == words
+    assert words_per_size() == words
     assert actor.damaged(address, 4 * PMD_SIZE // PAGE_SIZE) == 0
     pauses = space.take_pauses()
     assert len(pauses) >= 4
@@ -100,7 +82,7 @@ def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
     by_call = space.collapse_blocks([wanted[0], (address + PMD_SIZE + BLOCK, 4)], Means(mechanism="madvise"))
     assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
     assert "mechanism move" in by_call[1].reason
-    assert orders(space, address, PMD_SIZE + BLOCK) == {PMD_ORDER: PAGES, 4: 16}
+    assert pages_by_order(actor.pid, address, PMD_SIZE + BLOCK) == {PMD_ORDER: PAGES, 4: 16}
 
 
 def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) -> None:
@@ -167,7 +149,7 @@ def test_a_change_before_the_stop_is_the_reason_of_its_block(
     assert first.result is not ScanResult.SUCCEED
     assert reason in first.reason
     assert results(others) == {ScanResult.SUCCEED: 3}
-    assert orders(space, address + BLOCK, 3 * BLOCK) == {4: 48}
+    assert pages_by_order(actor.pid, address + BLOCK, 3 * BLOCK) == {4: 48}
     assert actor.damaged(address + BLOCK, 48) == 0
 
 
@@ -183,26 +165,3 @@ def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, spa
     assert mappings(actor.pid) == before
     actor.tell("set_thp_disable", 0)
     assert results(space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)) == {ScanResult.SUCCEED: 4}
-
-
-@pytest.mark.slow
-def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:
-    with Writers(tmp_path, 6, 8, "fts") as target, open_live(target.pid) as space:
-        moved = 0
-
-        def move_all() -> bool:
-            nonlocal moved
-            for order in (2, 4, 3, 6, 5):
-                outcomes = space.collapse_blocks(blocks(target.base, target.size, order), MOVE)
-                moved += sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
-                assert all(outcome.reason for outcome in outcomes if outcome.result is not ScanResult.SUCCEED)
-                assert target.errors == 0
-            return moved > 50
-
-        # Pages that a child shares at that moment are left alone.
-        until(move_all, lambda: f"blocks that no child shares; there were {moved}")
-        assert [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")] == [
-            f"{target.base:x}-{target.base + target.size:x} rw-p"
-        ]
-        space.close()
-        assert target.finish() == 0

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from early_imports import import_all
-from mover_targets import compiled
-from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mover_targets import compiled, pages_by_order
+from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
@@ -31,10 +31,10 @@ from mthp.linux.mover.guarded import CODE, OwnMover
 from mthp.linux.mover.refuse.block import refuse_blocks
 from mthp.linux.mover.refuse.pinned import HELD
 from mthp.results import BlockOutcome, ScanResult
-from own_memory import collapse_buffer_to, collapse_own
+from own_memory import collapse_own
 from targets import PAGE_SIZE, map_aligned
 from targets import madvise as advise
-from thp_switches import THP_ROOT, ThpSwitches
+from thp_switches import ThpSwitches, words_per_size
 from waiting import PATIENCE, until, wait_for
 
 pytestmark = [
@@ -96,11 +96,6 @@ def intact(address: int, size: int) -> bool:
     return bool((words(address, size) == pattern(size)).all())
 
 
-def orders(address: int, size: int) -> Counter[int]:
-    with open_live("self") as space:
-        return Counter(space.read([(address, address + size)]).folio_order.tolist())
-
-
 def mappings(address: int, size: int) -> list[tuple[int, int]]:
     with open_live("self") as space:
         return [(vma.start, vma.end) for vma in space.vmas() if vma.start < address + size and vma.end > address]
@@ -122,16 +117,16 @@ def test_the_code_is_its_source_assembled(tmp_path: Path) -> None:
 def test_every_order(memory: Callable[[int], int], journal: SwitchJournal, order: int, with_guard: bool) -> None:
     size = 8 << 20
     address = memory(size)
-    assert orders(address, size) == {0: size // PAGE_SIZE}
-    switches = {path: path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+    assert pages_by_order("self", address, size) == {0: size // PAGE_SIZE}
+    switches = words_per_size()
     outcomes = collapse_own(address, size, order, guarded=with_guard, journal=journal)
     assert results(outcomes) == {ScanResult.SUCCEED: size // (PAGE_SIZE << order)}
     assert [outcome.address for outcome in outcomes] == list(range(address, address + size, PAGE_SIZE << order))
     assert {(outcome.copied, outcome.filled) for outcome in outcomes} == {(1 << order, 0)}
-    assert orders(address, size) == {order: size // PAGE_SIZE}
+    assert pages_by_order("self", address, size) == {order: size // PAGE_SIZE}
     assert intact(address, size)
     assert mappings(address, size) == [(address, address + size)]
-    assert {path: path.read_text() for path in switches} == switches
+    assert words_per_size() == switches
     # It can still be used as before.
     words(address, size)[:] = 3
     assert int(words(address, size).sum()) == 3 * size // 8
@@ -142,20 +137,10 @@ def test_one_order_after_the_other(memory: Callable[[int], int], journal: Switch
     address = memory(size)
     for order in (2, 5, 9):
         collapse_own(address, size, order, journal=journal)
-        assert orders(address, size) == {order: size // PAGE_SIZE}
+        assert pages_by_order("self", address, size) == {order: size // PAGE_SIZE}
     assert results(collapse_own(address, size, 5, journal=journal)) == {ScanResult.PTE_MAPPED_HUGEPAGE: 32}
-    assert orders(address, size) == {9: size // PAGE_SIZE}
+    assert pages_by_order("self", address, size) == {9: size // PAGE_SIZE}
     assert intact(address, size)
-
-
-def test_only_whole_blocks(memory: Callable[[int], int], journal: SwitchJournal) -> None:
-    address = memory(1 << 20)
-    outcomes = collapse_own(address + 1, 3 * K64, 4, journal=journal)
-    assert [outcome.address for outcome in outcomes] == [address + K64, address + 2 * K64]
-    assert orders(address, 1 << 20) == {4: 32, 0: 224}
-    assert collapse_own(address + 1, K64, 4, journal=journal) == []
-    assert collapse_own(address, 0, 4, journal=journal) == []
-    assert intact(address, 1 << 20)
 
 
 @pytest.mark.slow
@@ -173,7 +158,7 @@ def test_under_threads_that_write_and_check(
     try:
         for _ in range(3):
             tally += results(collapse_own(address, size, order, journal=journal))
-            seen.append(orders(address, size))
+            seen.append(pages_by_order("self", address, size))
             # Small pages again: write a byte of each.
             make_small(address, size, order)
     finally:
@@ -382,7 +367,7 @@ def test_what_is_refused_stays_as_it_is(memory: Callable[[int], int], journal: S
     outcomes = collapse_own(address, size, 4, journal=journal)
     assert [outcome.reason != "" for outcome in outcomes] == [block == 2 for block in range(16)]
     assert "absent" in outcomes[2].reason
-    assert orders(address, size) == {4: 240, 0: 15, -1: 1}
+    assert pages_by_order("self", address, size) == {4: 240, 0: 15, -1: 1}
     assert ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
     locked = collapse_own(address, size, 5, journal=journal)
     assert results(locked) == {ScanResult.VMA_CHECK: 8}
@@ -434,7 +419,7 @@ def test_rolled_back_when_there_is_no_place_for_the_twin(
     ctypes.CDLL(None).munmap(ctypes.c_void_p(reserved), ctypes.c_size_t(K64))
     assert hammer.hammer_stop(running, ctypes.byref(rounds)) == 0
     assert errors.tolist() == [errno.EINVAL] + [0] * 15
-    assert orders(address, size) == {0: 16, 4: 240}
+    assert pages_by_order("self", address, size) == {0: 16, 4: 240}
     assert mappings(address, size) == [(address, address + size)]
 
 
@@ -460,7 +445,7 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
         # The kernel lets go of the pages a moment later.
         until(lambda: "VmPin:\t       0 kB" in Path("/proc/self/status").read_text(), "the pages to be let go")
     assert intact(address, size)
-    assert orders(address, size) == {4: 240, 0: 16}
+    assert pages_by_order("self", address, size) == {4: 240, 0: 16}
 
 
 def test_a_large_folio_that_a_pipe_holds_is_left_alone(
@@ -469,7 +454,7 @@ def test_a_large_folio_that_a_pipe_holds_is_left_alone(
     """Some kernels retry the move while it is pinned, and this thread could not unpin it."""
     address = memory(4 * K64)
     collapse_own(address, 4 * K64, 4, journal=journal)
-    assert orders(address, 4 * K64) == {4: 64}
+    assert pages_by_order("self", address, 4 * K64) == {4: 64}
     read_end, write_end = os.pipe()
     try:
         vector = abi.IoVec(address, PAGE_SIZE)
@@ -479,26 +464,10 @@ def test_a_large_folio_that_a_pipe_holds_is_left_alone(
             (HELD.result, HELD.reason),
             (ScanResult.SUCCEED, ""),
         ]
-        assert orders(address, 4 * K64) == {4: 16, 0: 16, 5: 32}
+        assert pages_by_order("self", address, 4 * K64) == {4: 16, 0: 16, 5: 32}
     finally:
         os.close(read_end)
         os.close(write_end)
-
-
-def test_a_buffer(journal: SwitchJournal) -> None:
-    array = np.zeros(1 << 20, np.uint64)
-    advise(-(-array.ctypes.data // PAGE_SIZE) * PAGE_SIZE, 1 << 20, 15)
-    array[:] = np.arange(len(array))
-    outcomes = collapse_buffer_to(array[4096:], 4, journal=journal)
-    assert len(outcomes) >= 120
-    assert (array == np.arange(len(array), dtype=np.uint64)).all()
-    with pytest.raises(UsageError, match="contiguous"):
-        collapse_buffer_to(array[::2], 4, journal=journal)
-    with pytest.raises(UsageError, match="no buffer"):
-        collapse_buffer_to(7, 4, journal=journal)
-    assert collapse_buffer_to(b"", 4, journal=journal) == []
-    with pytest.raises(UsageError, match="order 1"):
-        collapse_buffer_to(array, 1, journal=journal)
 
 
 def test_nothing_is_left(memory: Callable[[int], int], journal: SwitchJournal) -> None:

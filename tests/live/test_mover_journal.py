@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +19,8 @@ from mthp.linux.journal.store import has_entries
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from targets import PMD_ORDER, PMD_SIZE, Puppet
-from thp_switches import THP_ROOT, ThpSwitches, size_name
-from waiting import until, wait_for
+from thp_switches import THP_ROOT, ThpSwitches, size_name, words_per_size
+from waiting import until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
 
@@ -44,13 +42,9 @@ KILLS = int(os.environ.get("MTHP_TEST_KILLS", "5"))
 """How many there are of each kind."""
 
 
-def words() -> dict[str, str]:
-    return {str(path): path.read_text() for path in sorted(THP_ROOT.glob("hugepages-*kB/enabled"))}
-
-
 def is_settled(root: Path, wanted: dict[str, str]) -> bool:
     """Return whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
-    return words() == wanted and not has_entries(root) and not watchers_of(root)
+    return words_per_size() == wanted and not has_entries(root) and not watchers_of(root)
 
 
 @pytest.fixture
@@ -60,7 +54,7 @@ def machine_words(thp_switches: ThpSwitches) -> dict[str, str]:
         name = str(path.relative_to(THP_ROOT))
         text = path.read_text()
         thp_switches.set(name, text[text.index("[") + 1 : text.index("]")])
-    return words()
+    return words_per_size()
 
 
 @pytest.mark.requires("pfns")
@@ -71,41 +65,10 @@ def test_faults_bring_that_size(machine_words: dict[str, str], tmp_path: Path, o
         address = puppet.map(PMD_SIZE)
         with journal.only(order):
             puppet.write(address)
-        assert words() == machine_words
+        assert words_per_size() == machine_words
         columns = space.read([(address, address + (PMD_SIZE))])
     assert columns.folio_order[: 1 << order].tolist() == [order] * (1 << order)
     assert not (columns.state[1 << order :]).any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("numbers", ENDS, ids=lambda numbers: "+".join(each.name for each in numbers))
-def test_a_signal_at_any_moment(
-    machine_words: dict[str, str], tmp_path: Path, numbers: tuple[signal.Signals, ...]
-) -> None:
-    root = tmp_path / "mthp"
-    slowest, left = 0.0, 0
-    for _ in range(KILLS):
-        with subprocess.Popen(
-            [sys.executable, "-c", WINDOWS, str(root)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            process_group=0,
-        ) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "ready\n"
-            assert wait_for(lambda: words() != machine_words), "no window begins"
-            time.sleep(random.random() / 100)
-            for number in numbers:
-                os.killpg(child.pid, number)
-            # The interpreter swallows a KeyboardInterrupt in a few of its places.
-            while not wait_for(lambda child=child: child.poll() is not None, 10):  # type: ignore[misc]
-                os.killpg(child.pid, numbers[-1])
-        begin = time.perf_counter()
-        left += words() != machine_words
-        until(lambda: is_settled(root, machine_words), lambda: f"{machine_words}: {words()}")
-        slowest = max(slowest, time.perf_counter() - begin)
-    print(f"{KILLS} times {numbers}: {left} left switches changed, put back after {slowest:.3f} s at most")
 
 
 def test_what_an_administrator_has_set_meanwhile_stays(
@@ -120,18 +83,7 @@ def test_what_an_administrator_has_set_meanwhile_stays(
         thp_switches.set(inner, "madvise")
         wanted = machine_words | {str(THP_ROOT / inner): (THP_ROOT / inner).read_text()}
         child.kill()
-    until(lambda: is_settled(root, wanted), lambda: f"{wanted}: {words()}")
-
-
-@pytest.mark.slow
-def test_two_processes_at_once(machine_words: dict[str, str], tmp_path: Path) -> None:
-    program = WINDOWS.replace("while True", "for _ in range(30)")
-    children = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "mthp")], stdout=subprocess.DEVNULL)
-        for _ in range(3)
-    ]
-    assert [child.wait() for child in children] == [0, 0, 0]
-    assert words() == machine_words
+    until(lambda: is_settled(root, wanted), lambda: f"{wanted}: {words_per_size()}")
 
 
 def test_switches_that_may_not_be_written(machine_words: dict[str, str]) -> None:
@@ -154,4 +106,4 @@ def test_switches_that_may_not_be_written(machine_words: dict[str, str]) -> None
         assert not (directory / "mthp").exists()
     finally:
         shutil.rmtree(directory)
-    assert words() == machine_words
+    assert words_per_size() == machine_words

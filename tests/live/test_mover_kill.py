@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK_SIZE, LEFT_SECONDS, Writers, belongings
+from mover_targets import LEFT_SECONDS, Writers, belongings
 from mthp.linux.mover.steps import Step
-from thp_switches import ThpSwitches
 from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "mover")]
@@ -80,11 +79,6 @@ class Victim:
         self.target.__exit__(None, None, None)
 
 
-@pytest.fixture
-def small_folios(thp_switches: ThpSwitches) -> None:
-    thp_switches.only(BLOCK_SIZE, word="always")
-
-
 def _commands() -> list[tuple[str, Step | None]]:
     """What to do: every step at several of its occurrences, and random moments for the rest."""
     chosen: list[tuple[str, Step | None]] = []
@@ -96,7 +90,7 @@ def _commands() -> list[tuple[str, Step | None]]:
     return chosen
 
 
-def test_a_killed_mover_leaves_the_target_whole(tmp_path: Path, small_folios: None) -> None:
+def test_a_killed_mover_leaves_the_target_whole(tmp_path: Path, only_blocks: None) -> None:
     fates: Counter[str] = Counter()
     wrong: list[str] = []
     victim = Victim(tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings, open_window
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings, pages_by_order
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi
 from mthp.linux.live import open_live
@@ -27,24 +27,18 @@ from mthp.linux.mover import session as mover_session
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Injection
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Block
 from mthp.results import ScanResult
-from targets import STRICT, Puppet, is_strict
+from targets import Puppet
 from thp_switches import ThpSwitches, size_name
-from waiting import FACTOR, until, wait_for
+from waiting import FACTOR, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 STOP_TIMEOUT_NS = 60 * 10**9
 """On a machine with more to do than it can, a thread may not get to stopping for seconds."""
-
-
-@pytest.fixture
-def only_blocks(thp_switches: ThpSwitches) -> None:
-    thp_switches.only(BLOCK_SIZE, word="always")
 
 
 def session_of(process: Process, **arguments: float) -> MoverSession:
@@ -69,16 +63,11 @@ def make_whole(process: Process, target: Writers) -> None:
         abi.process_madvise(process.pidfd, address, GEOMETRY.pmd_size, abi.MADV_COLLAPSE)
 
 
-def orders_of(pid: int, start: int, end: int) -> set[int]:
-    with open_live(pid) as space:
-        return set(space.read([(start, end)]).folio_order.tolist())
-
-
 @pytest.mark.parametrize("order", [2, 4, 7, 8])
 def test_one_thread_gets_the_wanted_order(tmp_path: Path, thp_switches: ThpSwitches, order: int) -> None:
     thp_switches.only()
     with Writers(tmp_path, 1, 4) as target:
-        assert orders_of(target.pid, target.base, target.base + target.size) == {0}
+        assert set(pages_by_order(target.pid, target.base, target.size)) == {0}
         before = mappings(target.pid)
         thp_switches.only(size_name(order), word="always")
         with Process(target.pid) as process, session_of(process) as session:
@@ -87,7 +76,7 @@ def test_one_thread_gets_the_wanted_order(tmp_path: Path, thp_switches: ThpSwitc
         assert mappings(target.pid) == before
         assert not any("userfaultfd" in str(fd.readlink()) for fd in Path(f"/proc/{target.pid}/fd").iterdir())
         assert {(outcome.result, outcome.verified) for outcome in outcomes} == {(ScanResult.SUCCEED, True)}
-        assert orders_of(target.pid, target.base, target.base + target.size) == {order}
+        assert set(pages_by_order(target.pid, target.base, target.size)) == {order}
         assert os.sched_getscheduler(target.pid) == os.SCHED_OTHER
         assert target.progresses()
         assert target.finish() == 0
@@ -226,29 +215,6 @@ def test_stop_and_continue_at_any_moment(tmp_path: Path, only_blocks: None) -> N
         assert target.finish() == 0
 
 
-def test_a_traced_target_is_refused(tmp_path: Path) -> None:
-    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        code = "import ctypes, sys, time; l = ctypes.CDLL(None)\n"
-        code += f"assert l.ptrace(0x4206, {target.pid}, None, None) == 0; print('ready', flush=True); time.sleep(600)"
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as tracer:
-            assert tracer.stdout is not None
-            tracer.stdout.readline()
-            with pytest.raises(CannotStopError, match="traced already"):
-                open_window(process)
-            tracer.kill()
-        assert target.progresses()
-
-
-def test_a_target_that_filters_system_calls_is_refused(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", STRICT], stdout=subprocess.PIPE) as strict:
-        until(lambda: is_strict(strict.pid), "seccomp")
-        with Process(strict.pid) as process:
-            with pytest.raises(CannotStopError, match="seccomp"):
-                open_window(process)
-            assert strict.poll() is None
-        strict.kill()
-
-
 def test_a_target_that_exits_is_an_ordinary_event(tmp_path: Path) -> None:
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process, session_of(process) as session:
         target.process.kill()
@@ -292,7 +258,7 @@ def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> N
             outcomes = session.move([(hole, ORDER), (nothing, ORDER)])
         assert [outcome.result for outcome in outcomes] == [ScanResult.PTE_NON_PRESENT] * 2
         assert all(outcome.reason for outcome in outcomes)
-        assert orders_of(puppet.pid, hole + 8 * GEOMETRY.page_size, hole + BLOCK) == {ORDER_NONE}
+        assert set(pages_by_order(puppet.pid, hole + 8 * GEOMETRY.page_size, 8 * GEOMETRY.page_size)) == {ORDER_NONE}
         assert puppet.tell("read", hole, 16, 1) == 8
 
 
@@ -326,23 +292,10 @@ def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
         expected[5] = ScanResult.PTE_NON_PRESENT
         assert [outcome.result for outcome in outcomes] == expected
         assert outcomes[5].errno == errno.EAGAIN
-        assert orders_of(puppet.pid, memory, memory + 5 * BLOCK) == {ORDER}
-        assert orders_of(puppet.pid, memory + 6 * BLOCK, memory + 16 * BLOCK) == {ORDER}
-        assert orders_of(puppet.pid, hole, hole + GEOMETRY.page_size) == {ORDER_NONE}
+        assert set(pages_by_order(puppet.pid, memory, 5 * BLOCK)) == {ORDER}
+        assert set(pages_by_order(puppet.pid, memory + 6 * BLOCK, 10 * BLOCK)) == {ORDER}
+        assert set(pages_by_order(puppet.pid, hole, GEOMETRY.page_size)) == {ORDER_NONE}
         assert puppet.tell("read", memory, 256, 1) == 255
-
-
-def test_filling_makes_a_block_with_holes_whole(thp_switches: ThpSwitches) -> None:
-    thp_switches.only()
-    with Puppet() as puppet:
-        hole = puppet.map(16 * BLOCK)
-        puppet.write(hole, pages=8)
-        thp_switches.only(BLOCK_SIZE, word="always")
-        with Process(puppet.pid) as process, session_of(process) as session:
-            (outcome,) = session.move([(hole, ORDER)], fill=True, verify=True)
-        assert outcome.result is ScanResult.SUCCEED
-        assert puppet.tell("read", hole, 16, 1) == 8
-        assert orders_of(puppet.pid, hole, hole + BLOCK) == {ORDER}
 
 
 def test_a_block_that_holds_a_stack_pointer_is_left_alone(tmp_path: Path, only_blocks: None) -> None:

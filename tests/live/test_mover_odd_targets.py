@@ -17,7 +17,20 @@ from typing import Any, cast
 
 import pytest
 
-from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Observe, Writers, mappings, open_window, program
+from mover_targets import (
+    BLOCK,
+    GEOMETRY,
+    ORDER,
+    PREAMBLE,
+    READY,
+    SQPOLL,
+    TRACER,
+    Observe,
+    Writers,
+    is_refused,
+    open_window,
+    program,
+)
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.linux.mover import inject
 from mthp.linux.mover.arch import native
@@ -27,57 +40,61 @@ from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
-from waiting import wait_for
+from targets import STRICT, is_strict
+from waiting import until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 WORKER_TIMEOUT_NS = 300_000_000
 """Nanoseconds to wait for a thread that cannot run."""
 
-SECCOMP = """
-import ctypes, struct, time
-libc = ctypes.CDLL(None)
-allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
-program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
-print("ready", flush=True)
-time.sleep(600)
-"""
+
+def test_a_thread_of_the_kernel_is_known_by_its_name() -> None:
+    with program(PREAMBLE + SQPOLL + READY) as (pid, _):
+        is_refused(pid, "io_uring")
 
 
 def test_a_thread_of_the_kernel_is_known_by_its_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it is called: a process may rename its threads, and vhost has some, too."""
     monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {})
     monkeypatch.setattr("mthp.linux.mover.freeze.check_thread", lambda *_: None)
-    with program(SQPOLL) as (pid, _), Process(pid) as process:
-        before = mappings(pid)
-        with pytest.raises(CannotStopError, match="kernel's"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert process.is_alive()
+    with program(PREAMBLE + SQPOLL + READY) as (pid, _):
+        is_refused(pid, "kernel's")
 
 
 def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """All threads are checked just before the stop; the thread that runs the stub is checked again after it."""
     monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: dict.fromkeys(range(1 << 22)))
-    with program(SECCOMP) as (pid, _), Process(pid) as process:
-        before = mappings(pid)
-        with pytest.raises(CannotStopError, match="seccomp"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert process.is_alive()
+    with program(PREAMBLE + "filter_calls()" + READY) as (pid, _):
+        is_refused(pid, "seccomp")
+
+
+def test_a_thread_that_has_just_come_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = "def guard():\n    filter_calls()\n    print('ready', flush=True)\n    time.sleep(600)\nthread(guard)\n"
+    with program(PREAMBLE + guard + "time.sleep(600)") as (pid, _):
+        monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {pid: None})
+        is_refused(pid, "seccomp")
+
+
+def test_a_target_that_filters_system_calls_is_refused() -> None:
+    with program("print('ready', flush=True)\n" + STRICT) as (pid, _):
+        until(lambda: is_strict(pid), "seccomp")
+        is_refused(pid, "seccomp")
+
+
+def test_a_traced_target_is_refused(tmp_path: Path) -> None:
+    with Writers(tmp_path, 2, 2) as target:
+        with program(PREAMBLE + TRACER + READY, str(target.pid)):
+            is_refused(target.pid, "traced already")
+        assert target.progresses()
 
 
 def test_a_frozen_target_gets_its_registers_back(tmp_path: Path, frozen_cgroup: Callable[[int], None]) -> None:
     """Its threads can be stopped but cannot run the stub, and killing mthp meanwhile would kill it."""
-    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+    with Writers(tmp_path, 2, 2) as target:
         frozen_cgroup(target.pid)
-        before = mappings(target.pid)
-        with pytest.raises(CannotStopError, match="does not run"):
-            open_window(process, worker_timeout_ns=WORKER_TIMEOUT_NS)
-        assert mappings(target.pid) == before
-        target_cgroup = Path(f"/proc/{target.pid}/cgroup").read_text()
-        assert "mthp-test" in target_cgroup
+        is_refused(target.pid, "does not run", worker_timeout_ns=WORKER_TIMEOUT_NS)
+        assert "mthp-test" in Path(f"/proc/{target.pid}/cgroup").read_text()
         thawed(target.pid)
         assert target.progresses()
         assert target.finish() == 0
@@ -113,73 +130,39 @@ def thawed(pid: int) -> None:
 
 
 LIMITS = """
-import os, resource, sys, time
+import resource
 fd = os.open("/dev/null", os.O_RDONLY)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limits = {"files": (resource.RLIMIT_NOFILE, fd + 1), "memory": (resource.RLIMIT_AS, size)}
 resource.setrlimit(limits[WHAT][0], (limits[WHAT][1],) * 2)
-print("ready", flush=True)
-time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("what", ["files", "memory"])
 def test_a_target_at_its_limits_is_left_as_it_was(what: str) -> None:
-    with program(f"WHAT = {what!r}\n{LIMITS}") as (pid, _), Process(pid) as process:
-        before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        with pytest.raises(UnsupportedError, match="nothing can be injected"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
-        assert process.is_alive()
+    with program(f"{PREAMBLE}\nWHAT = {what!r}\n{LIMITS}{READY}") as (pid, _):
+        is_refused(pid, "nothing can be injected", UnsupportedError)
 
 
-GUARDED_THREAD = """
-import threading
-def guard():
-    import ctypes, struct, time
-    libc = ctypes.CDLL(None)
-    allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
-    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
-    print("ready", flush=True)
-    time.sleep(600)
-threading.Thread(target=guard).start()
-"""
-
-
-def test_a_thread_that_has_just_come_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    with program(GUARDED_THREAD) as (pid, _), Process(pid) as process:
-        monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {pid: None})
-        with pytest.raises(CannotStopError, match="seccomp"):
-            open_window(process)
-        assert process.is_alive()
+def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
+    """Locked pages cannot be moved, so the mover's own memory would be of no use."""
+    with program(f"{PREAMBLE}\nassert libc.mlockall(2) == 0{READY}") as (pid, _):
+        is_refused(pid, "locks all memory", UnsupportedError)
 
 
 DISPATCH = """
-import ctypes, time
-if ctypes.CDLL(None).prctl(59, 1, ctypes.c_ulong(0), ctypes.c_ulong(1 << 47), 0):
+if libc.prctl(59, 1, ctypes.c_ulong(0), ctypes.c_ulong(1 << 47), 0):
     print("none", flush=True)
-print("ready", flush=True)
-time.sleep(600)
 """
 
 
 def test_a_program_that_intercepts_its_system_calls_is_refused() -> None:
     """As Wine does; ours would be handed to its handler, too."""
-    with program(DISPATCH) as (pid, _), Process(pid) as process:
-        before = mappings(pid)
-        with pytest.raises(CannotStopError, match="intercepts"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert process.is_alive()
+    with program(PREAMBLE + DISPATCH + READY) as (pid, _):
+        is_refused(pid, "intercepts")
 
 
 OTHER_SEGMENT = """
-import ctypes, mmap, struct, threading, time
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
 # a far jmp to a pointer that lies behind it, segment 0x23 (QEMU does not emulate a far ret), and there, in 32-bit code:
 # jmp to itself
 at = libc.mmap(None, 4096, 7, 0x62, -1, 0)
@@ -187,21 +170,15 @@ if at == ctypes.c_void_p(-1).value:
     print("none", flush=True)
 code = bytes([0xFF, 0x2D, 0, 0, 0, 0]) + struct.pack("=IH", at + 16, 0x23)
 ctypes.memmove(at, code.ljust(16, bytes([0x90])) + bytes([0xEB, 0xFE]), 18)
-threading.Thread(target=ctypes.CFUNCTYPE(None)(at), daemon=True).start()
+thread(ctypes.CFUNCTYPE(None)(at))
 time.sleep(0.1)
-print("ready", flush=True)
-time.sleep(600)
 """
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="it is machine code")
 def test_a_thread_that_runs_32_bit_code_in_a_64_bit_process_is_refused() -> None:
-    with program(OTHER_SEGMENT) as (pid, _), Process(pid) as process:
-        before = mappings(pid)
-        with pytest.raises(CannotStopError, match="64-bit"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert process.is_alive()
+    with program(PREAMBLE + OTHER_SEGMENT + READY) as (pid, _):
+        is_refused(pid, "64-bit")
 
 
 def test_a_thread_that_cannot_be_seized_yet_runs_to_its_end_before_anything_is_moved(
@@ -278,40 +255,24 @@ def test_a_thread_outside_of_restartable_sequences_is_preferred() -> None:
 
 
 OWN_FILES = """
-import ctypes, os, threading, time
-libc = ctypes.CDLL(None)
 def work():
     assert libc.unshare(0x400) == 0
     print(threading.get_native_id(), flush=True)
     time.sleep(600)
-threading.Thread(target=work).start()
+thread(work)
 time.sleep(600)
 """
 
 
 def test_a_thread_with_files_of_its_own_is_not_chosen() -> None:
     """The userfaultfd is a number of the first thread's table."""
-    with program(OWN_FILES) as (pid, said):
+    with program(PREAMBLE + OWN_FILES) as (pid, said):
         other = int(said)
         tracees = {tid: SimpleNamespace(tid=tid, rseq_abort=abort) for tid, abort in ((pid, 7), (other, 0))}
         frozen = cast("Any", SimpleNamespace(tracees=tracees, process=SimpleNamespace(pid=pid)))
         assert inject.choose(frozen).tid == pid
         del tracees[pid]
         assert inject.choose(frozen).tid == other
-
-
-def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
-    """Locked pages cannot be moved, so the mover's own memory would be of no use."""
-    source = (
-        "import ctypes, time\nassert ctypes.CDLL(None).mlockall(2) == 0\nprint('ready', flush=True)\ntime.sleep(600)"
-    )
-    with program(source) as (pid, _), Process(pid) as process:
-        before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        with pytest.raises(UnsupportedError) as raised:
-            open_window(process)
-        assert "mlockall" in str(raised.value.help)
-        assert mappings(pid) == before
-        assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
 
 
 def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path, observe: Observe) -> None:

@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import signal
-import struct
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, SQPOLL, Writers, compiled, mappings, open_window, program
+from mover_targets import (
+    BLOCK,
+    GEOMETRY,
+    ORDER,
+    Controlled,
+    Writers,
+    program,
+)
 from mthp.linux.live import open_live
 from mthp.linux.mover.refuse.pinned import HELD
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import CannotStopError, Stopped
+from mthp.linux.mover.tracee import Stopped
 from mthp.linux.process import Process
 from mthp.means import Means
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
-
-
-@pytest.fixture(autouse=True)
-def only_blocks(thp_switches: ThpSwitches) -> None:
-    thp_switches.only(BLOCK_SIZE, word="always")
-
-
-@contextlib.contextmanager
-def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], Callable[[], int]]]:
-    """Start a process with a registered buffer: its PID, a reader of its control page, and a function to end it."""
-    path = directory / "uring"
-    path.write_bytes(bytes(4096))
-    process = subprocess.Popen([compiled("mover_uring"), str(path)])
-    with path.open("r+b") as file:
-        control = mmap.mmap(file.fileno(), 4096)
-
-    def word(index: int) -> int:
-        return int(struct.unpack_from("=Q", control, 8 * index)[0])
-
-    def outcome() -> int:
-        struct.pack_into("=Q", control, 0, 1)
-        assert wait_for(lambda: process.poll() is not None)
-        return word(4)
-
-    try:
-        if not wait_for(lambda: word(1) or process.poll() is not None) or process.poll() is not None:
-            pytest.skip("needs io_uring")
-        yield process.pid, word, outcome
-    finally:
-        process.kill()
-        process.wait()
-        control.close()
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("root", "mthp", "mover"),
+    pytest.mark.usefixtures("only_blocks"),
+]
 
 
 def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
@@ -67,12 +41,17 @@ def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
     """The process is not refused; the kernel refuses the pages."""
     # Some kernels would try to split a pinned folio for as long as it is pinned: linux/mover/refuse/pinned.
     thp_switches.only()
-    with uring_target(tmp_path) as (pid, word, outcome):
-        with Process(pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:
-            outcomes = session.move([(address, ORDER) for address in range(word(2), word(2) + word(3), BLOCK)])
+    with Controlled(tmp_path, "mover_uring") as target:
+        if not wait_for(lambda: target.word(1) or target.ended()) or target.ended():
+            pytest.skip("needs io_uring")
+        base, size = target.word(2), target.word(3)
+        with Process(target.pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:
+            outcomes = session.move([(address, ORDER) for address in range(base, base + size, BLOCK)])
         assert {(outcome.result, outcome.errno) for outcome in outcomes} == {(ScanResult.PAGE_COUNT, errno.EBUSY)}
         assert not any(outcome.copied for outcome in outcomes)
-        assert outcome() == 1
+        target.put(0, 1)
+        assert wait_for(target.ended)
+        assert target.word(4) == 1
 
 
 IN_A_PIPE = f"""
@@ -117,15 +96,6 @@ address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 print(-(-address // {BLOCK}) * {BLOCK}, flush=True)
 time.sleep(600)
 """
-
-
-def test_a_thread_of_io_uring_is_not_given_our_code() -> None:
-    with program(SQPOLL) as (pid, _), Process(pid) as process:
-        before = mappings(pid)
-        with pytest.raises(CannotStopError, match="io_uring"):
-            open_window(process)
-        assert mappings(pid) == before
-        assert process.is_alive()
 
 
 def test_a_program_that_may_not_make_memory_executable_is_moved() -> None:

@@ -28,21 +28,19 @@ from mthp.means import Means
 from mthp.movechecks import refuse_vma
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
-from thp_switches import ThpSwitches
 from waiting import FACTOR, PATIENCE, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+pytestmark = [
+    pytest.mark.usefixtures("no_sizes"),
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan"),
+]
 
 MEANS = Means(mechanism="move", max_pause=0.003 * FACTOR, pause_share=0.5, verify=True)
 AT_ONCE = 64
 SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "3"))
 """How long each program is worked on."""
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
 
 
 def program(name: str) -> str:

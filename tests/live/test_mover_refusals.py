@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from early_imports import import_all
-from mover_targets import PREAMBLE
+from mover_targets import PREAMBLE, READY, SQPOLL, TRACER, program
 from mthp.budget import Amount
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
@@ -40,22 +39,13 @@ PTRACE_SEIZE = 0x4206
 NOBODY = 65534
 NO_RIGHTS = {"not_permitted"}
 
-READY = "\nprint('ready', flush=True)\ntime.sleep(600)\n"
-
 SECCOMP = """
 def guard():
-    allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
-    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
+    filter_calls()
     time.sleep(600)
 thread(guard)
 """
 IO_URING = "ring = call(425, 4, ctypes.create_string_buffer(120))"
-SQPOLL = """
-setup = ctypes.create_string_buffer(120)
-struct.pack_into("I", setup, 8, 2)
-ring = call(425, 4, setup)
-"""
 # Root may pin without limit, and since Linux 7.2 VmPin does not count that.
 PINNED = f"""
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
@@ -91,21 +81,14 @@ thread(apart)
 @contextlib.contextmanager
 def target(code: str = "") -> Iterator[LiveAddressSpace]:
     """A process that ran `code`, and its address space."""
-    with subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", PREAMBLE + code + READY],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as child:
-        assert child.stdout is not None
+    with program(PREAMBLE + code + READY) as (pid, _):
         try:
-            assert child.stdout.readline() == "ready\n"
-            with open_live(child.pid) as space:
+            with open_live(pid) as space:
                 yield space
         finally:
             # A child from clone(2) does not hear of its parent's death.
-            for pid in (*children_of(child.pid), child.pid):
-                os.kill(pid, signal.SIGKILL)
+            for child in children_of(pid):
+                os.kill(child, signal.SIGKILL)
 
 
 def children_of(pid: int) -> list[int]:
@@ -196,23 +179,9 @@ def test_a_forked_child_shares_no_memory() -> None:
 
 
 def test_somebody_else_traces_it() -> None:
-    tracer = f"""
-tracee = int(sys.argv[1])
-assert libc.ptrace({PTRACE_SEIZE}, tracee, None, None) == 0
-"""
-    with (
-        target() as space,
-        subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", PREAMBLE + tracer + READY, str(space.process.pid)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as child,
-    ):
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        assert str(child.pid) in refusals(space)["traced"].reason
-        child.kill()
-        child.wait()
+    with target() as space:
+        with program(PREAMBLE + TRACER + READY, str(space.process.pid)) as (pid, _):
+            assert str(pid) in refusals(space)["traced"].reason
         comes_to_be(space, set())
 
 
@@ -322,22 +291,15 @@ def test_low_memory() -> None:
 
 def test_many_threads() -> None:
     """The reason has their cost in every window, and how to accept it."""
-    code = "import threading; e = threading.Event()\n"
-    code += "for _ in range(9): threading.Thread(target=e.wait, daemon=True).start()\n"
-    code += "print('ready', flush=True); e.wait()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        with open_live(child.pid) as space:
-            found = {why.key: why for why in refuse_process(space.process, space.geometry, Means(max_threads=9))}
-            assert "10 threads" in found["threads"].reason
-            assert "ms at a time" in found["threads"].reason
-            assert "--max-threads 10" in found["threads"].remedy
-            for means in (Means(), Means(max_threads=10), Means(max_pause=1e-3)):
-                assert "threads" not in {why.key for why in refuse_process(space.process, space.geometry, means)}
-            brief = Means(max_pause=9 * THREAD_STOP_NS / WINDOW_FACTOR / 1e9)
-            assert "threads" in {why.key for why in refuse_process(space.process, space.geometry, brief)}
-        child.kill()
+    with target("for _ in range(9): thread(time.sleep, 600)") as space:
+        found = {why.key: why for why in refuse_process(space.process, space.geometry, Means(max_threads=9))}
+        assert "10 threads" in found["threads"].reason
+        assert "ms at a time" in found["threads"].reason
+        assert "--max-threads 10" in found["threads"].remedy
+        for means in (Means(), Means(max_threads=10), Means(max_pause=1e-3)):
+            assert "threads" not in {why.key for why in refuse_process(space.process, space.geometry, means)}
+        brief = Means(max_pause=9 * THREAD_STOP_NS / WINDOW_FACTOR / 1e9)
+        assert "threads" in {why.key for why in refuse_process(space.process, space.geometry, brief)}
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
-import struct
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Observe, Writers, compiled, mappings, open_window
+from mover_targets import BLOCK, GEOMETRY, ORDER, Controlled, Observe, Writers, mappings, open_window
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession, in_tracing_thread
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
-from thp_switches import ThpSwitches
 from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
@@ -29,41 +25,26 @@ STOP_TIMEOUT_NS = 60 * 10**9
 
 
 def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
-    path = tmp_path / "vfork"
-    path.write_bytes(b"\0" * 4096)
-    target = subprocess.Popen([compiled("mover_vfork"), str(path)])
-    with path.open("r+b") as file:
-        control = mmap.mmap(file.fileno(), 4096)
+    with Controlled(tmp_path, "mover_vfork") as target:
 
-    def word(index: int) -> int:
-        return int(struct.unpack_from("=Q", control, 8 * index)[0])
+        def progresses() -> bool:
+            before = target.word(2)
+            return wait_for(lambda: target.word(2) > before + 3)
 
-    def progresses() -> bool:
-        before = word(2)
-        return wait_for(lambda: word(2) > before + 3)
-
-    try:
-        assert wait_for(lambda: word(1) == 1)
+        target.await_ready(lambda: target.word(1) == 1)
         assert progresses()
         with Process(target.pid) as process, pytest.raises(CannotStopError, match="does not stop"):
             open_window(process, stop_timeout_ns=50_000_000)
         assert progresses()
-        struct.pack_into("=Q", control, 0, 1)
-        assert wait_for(lambda: word(1) == 2), "the thread that waited is still held"
+        target.put(0, 1)
+        assert wait_for(lambda: target.word(1) == 2), "the thread that waited is still held"
         assert progresses()
         with Process(target.pid) as process:
             open_window(process)
         assert progresses()
-    finally:
-        target.kill()
-        target.wait()
-        control.close()
 
 
-def test_an_interrupt_waits_for_the_end_of_the_window(
-    tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
-) -> None:
-    thp_switches.only(BLOCK_SIZE, word="always")
+def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, only_blocks: None, observe: Observe) -> None:
     windows = 0
 
     def interrupt(step: Step) -> None:
@@ -113,10 +94,9 @@ def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginnin
 
 @pytest.mark.slow
 def test_an_error_of_ours_while_the_worker_runs_does_no_harm(
-    tmp_path: Path, thp_switches: ThpSwitches, observe: Observe
+    tmp_path: Path, only_blocks: None, observe: Observe
 ) -> None:
     """Whatever happens after the worker was let run, the other threads stay parked until it is done."""
-    thp_switches.only(BLOCK_SIZE, word="always")
     failing = Step.WRITTEN
 
     def fail(step: Step) -> None:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from mover_targets import (
     BLOCK,
-    BLOCK_SIZE,
     GEOMETRY,
     ORDER,
     PREAMBLE,
@@ -40,7 +39,6 @@ from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.process import Process
 from targets import threads_of
-from thp_switches import ThpSwitches
 from waiting import until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
@@ -69,8 +67,7 @@ def _move_all(target: Waiters, rounds: int, machine: Architecture | None = None)
 
 
 @pytest.mark.slow
-def test_waiting_threads_notice_nothing(tmp_path: Path, thp_switches: ThpSwitches) -> None:
-    thp_switches.only(BLOCK_SIZE, word="always")
+def test_waiting_threads_notice_nothing(tmp_path: Path, only_blocks: None) -> None:
     with Waiters(tmp_path) as target:
         assert target.not_waiting() == {}
         _move_all(target, ROUNDS)
@@ -89,9 +86,8 @@ class Unrepaired(x86_64.X8664):
 
 
 @pytest.mark.slow
-def test_without_the_repair_some_would_return_eintr(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+def test_without_the_repair_some_would_return_eintr(tmp_path: Path, only_blocks: None) -> None:
     """Check that the list of calls to repair is needed: a plain stop breaks each."""
-    thp_switches.only(BLOCK_SIZE, word="always")
     # aarch64 has no such list: there the kernel does not show which calls a stop interrupted.
     machine = Unrepaired() if native().name == Unrepaired.name else None
     with Waiters(tmp_path) as target:
@@ -101,12 +97,11 @@ def test_without_the_repair_some_would_return_eintr(tmp_path: Path, thp_switches
 
 
 @pytest.mark.slow
-def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+def test_calls_return_what_they_return_undisturbed(tmp_path: Path, only_blocks: None) -> None:
     """Twelve system calls that in turn time out or succeed: value, errno and all other results.
 
     A timeout that is given as a length starts again at every stop, so there are rests in which it can come to its end.
     """
-    thp_switches.only(BLOCK_SIZE, word="always")
     turns, stops = TURNS, 0
     while stops <= 5:
         with Syscalls(tmp_path, turns) as alone:
@@ -189,13 +184,12 @@ def machine(request: pytest.FixtureRequest) -> Architecture:
 @pytest.mark.parametrize("step", [Step.BOOTED, Step.WRITTEN, Step.DONE, Step.UNMAPPED])
 @pytest.mark.parametrize("call", ["pause", "read", "restarted read", "nanosleep", "epoll_wait"])
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
-    thp_switches: ThpSwitches, machine: Architecture, observe: Observe, call: str, step: Step
+    only_blocks: None, machine: Architecture, observe: Observe, call: str, step: Step
 ) -> None:
     """A thread that waits for a signal would otherwise wait for ever after the signal was handled.
 
     It is the only thread, so it runs the stub.
     """
-    thp_switches.only(BLOCK_SIZE, word="always")
     interrupted = f"-1 {errno.EINTR}\n"
     sent = turn = 0
 
@@ -233,10 +227,9 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
 
 @pytest.mark.slow
 def test_queued_signals_keep_their_order_and_nobody_waits_for_what_has_come(
-    thp_switches: ThpSwitches, machine: Architecture
+    only_blocks: None, machine: Architecture
 ) -> None:
     """Real-time signals, numbered, one after the other and in bursts, at a thread that waits for nothing else."""
-    thp_switches.only(BLOCK_SIZE, word="always")
     send = ctypes.CDLL(None, use_errno=True).sigqueue
     send.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
     moving = threading.Event()

@@ -35,7 +35,11 @@ from mthp.results import BlockOutcome, ScanResult
 from targets import MADV_HUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "4k-pages")]
+pytestmark = [
+    pytest.mark.usefixtures("no_sizes"),
+    pytest.mark.live,
+    pytest.mark.requires("root", "thp", "mthp", "4k-pages"),
+]
 
 MIB = 1 << 20
 PMD = ("--orders", f"order={PMD_ORDER}")
@@ -81,12 +85,6 @@ free(holes)
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
 
 
 @pytest.fixture

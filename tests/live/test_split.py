@@ -7,7 +7,7 @@ import mmap
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -25,7 +25,6 @@ from targets import (
     PROT_READ,
     Puppet,
 )
-from thp_switches import ThpSwitches
 
 LAYOUTS = int(os.environ.get("MTHP_TEST_LAYOUTS", "40"))
 BATCH = 100
@@ -34,19 +33,7 @@ BATCH = 100
 SELDOM = 0.02
 """Part of the blocks that the kernel may refuse for a reason that passes."""
 
-pytestmark = SPLITS
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
+pytestmark = [*SPLITS, pytest.mark.usefixtures("no_sizes")]
 
 
 @pytest.mark.parametrize("batch", range(-(-LAYOUTS // BATCH)))

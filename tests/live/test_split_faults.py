@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +32,7 @@ from waiting import PATIENCE, until
 
 CHURN_SECONDS = float(os.environ.get("MTHP_TEST_CHURN_SECONDS", "10"))
 
-pytestmark = SPLITS
-
-
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
+pytestmark = [*SPLITS, pytest.mark.usefixtures("no_sizes")]
 
 
 # --- what happens between the collapse and a split -------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
 PAGES_PER_PMD = PMD_SIZE // PAGE_SIZE
 EXCEPT_ADVISED = 2
 SIZE = 16 * PMD_SIZE
-
-
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
 
 
 def unadvised(actor: Actor) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from e2e.helpers import mthp_json
+from mover_targets import READY, program
 from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 
@@ -28,7 +29,7 @@ pytestmark = [
 SIZES = {4: "64kB", 9: "2048kB"}
 
 TARGET = f"""
-import ctypes, os, sys
+import ctypes, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -59,14 +60,10 @@ CASES = {
 @pytest.fixture
 def target(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterator[int]:
     thp_switches.default()
-    code = f"{TARGET}\n{request.param}\nprint('ready', flush=True)\nsys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with program(f"{TARGET}\n{request.param}\n{READY}") as (pid, _):
         # khugepaged would collapse moved memory between the two counts.
         thp_switches.set("enabled", "never")
-        yield process.pid
-        process.kill()
+        yield pid
 
 
 def thpmaps(pid: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,11 @@ from split_targets import Churn
 from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches, size_name
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("root", "thp"),
+    pytest.mark.usefixtures("no_sizes"),
+]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 CHURN_SECONDS = float(os.environ.get("MTHP_TEST_CHURN_SECONDS", "10"))
@@ -38,12 +42,6 @@ TOLD_SHARE = 0.95
 WAYS: tuple[TrimBy, ...] = ("cold", "split")
 
 
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only()
-
-
 @pytest.fixture(params=WAYS)
 def by(request: pytest.FixtureRequest) -> TrimBy:
     with open_live("self") as space:
@@ -51,12 +49,6 @@ def by(request: pytest.FixtureRequest) -> TrimBy:
             pytest.skip(f"folios cannot be trimmed by {request.param} here")
     way: TrimBy = request.param
     return way
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
 
 
 def huge(puppet: Puppet, used: int, at: int = 0) -> int:

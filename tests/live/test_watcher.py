@@ -20,11 +20,11 @@ from e2e.helpers import MTHP
 from journal_owners import watchers_of
 from mover_targets import LEFT_SECONDS, Writers, belongings
 from mthp.linux.journal.store import default_root, has_entries
-from targets import PMD_ORDER
-from thp_switches import THP_ROOT, ThpSwitches, size_name
+from thp_switches import THP_ROOT, size_name, words_per_size
 from waiting import PATIENCE, until, wait_for
 
 pytestmark = [
+    pytest.mark.usefixtures("thp_switches"),
     pytest.mark.live,
     pytest.mark.slow,
     pytest.mark.requires("root", "mthp", "mover", "pagemap_scan", "4k-pages"),
@@ -35,12 +35,6 @@ ENDS = [(signal.SIGKILL,), (signal.SIGHUP,), (signal.SIGTERM,), (signal.SIGSTOP,
 MOVING = ("--mechanism", "move", "--orders", "64K", "--max-ptes-none", "0")
 
 
-@pytest.fixture(autouse=True)
-def faults_of_one_page(thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    thp_switches.only(size_name(PMD_ORDER), word="inherit")
-
-
 @pytest.fixture
 def slowest() -> Iterator[list[float]]:
     """The seconds until everything was put back, each time; the test says the longest."""
@@ -49,17 +43,13 @@ def slowest() -> Iterator[list[float]]:
     print(f"{len(seconds)} ended: everything was put back after {max(seconds, default=0):.3f} s at most")
 
 
-def switches() -> dict[str, str]:
-    return {str(path): path.read_text() for path in sorted(THP_ROOT.glob("hugepages-*kB/enabled"))}
-
-
 def put_back(wanted: dict[str, str]) -> float:
     """Wait until all switches are as `wanted`, the journal is empty and no watcher is left; return the seconds."""
     begin = time.perf_counter()
     root = default_root()
     until(
-        lambda: switches() == wanted and not has_entries(root) and not watchers_of(root),
-        lambda: f"{wanted}: {switches()}, watchers {watchers_of(root)}",
+        lambda: words_per_size() == wanted and not has_entries(root) and not watchers_of(root),
+        lambda: f"{wanted}: {words_per_size()}, watchers {watchers_of(root)}",
     )
     return time.perf_counter() - begin
 
@@ -80,7 +70,7 @@ def in_a_window(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> boo
 
 @pytest.mark.parametrize("numbers", ENDS, ids=lambda numbers: "+".join(each.name for each in numbers))
 def test_a_collapse(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest: list[float]) -> None:
-    words = switches()
+    words = words_per_size()
     while len(slowest) < KILLS:
         with Writers(tmp_path, 2, 8) as target:
             before = belongings(target.pid)
@@ -99,30 +89,17 @@ def test_a_collapse(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
             slowest.append(seconds)
 
 
-def test_what_an_administrator_has_set_meanwhile_stays(tmp_path: Path, thp_switches: ThpSwitches) -> None:
-    words = switches()
-    switch = f"hugepages-{size_name(4)}/enabled"
-    with Writers(tmp_path, 2, 16) as target:
-        command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            until(lambda: "[always]" in (THP_ROOT / switch).read_text(), "a window")
-            thp_switches.set(switch, "inherit")
-            process.kill()
-        put_back(words | {str(THP_ROOT / switch): (THP_ROOT / switch).read_text()})
-        assert "[inherit]" in (THP_ROOT / switch).read_text()
-
-
 def test_a_stopped_collapse_goes_on(tmp_path: Path) -> None:
     """While it is stopped, switches are put back. Then it continues its batch, verifies the orders, and ends."""
-    words = switches()
+    words = words_per_size()
     with Writers(tmp_path, 2, 16) as target:
         command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             until(lambda: "[always]" in (THP_ROOT / f"hugepages-{size_name(4)}/enabled").read_text(), "a window")
             process.send_signal(signal.SIGSTOP)
             try:
-                until(lambda: switches() == words, "the watcher to see a stopped process")
-                assert not wait_for(lambda: switches() != words, 0.5)
+                until(lambda: words_per_size() == words, "the watcher to see a stopped process")
+                assert not wait_for(lambda: words_per_size() != words, 0.5)
             finally:
                 process.send_signal(signal.SIGCONT)
             assert process.wait(PATIENCE) in (0, 1)
@@ -132,7 +109,7 @@ def test_a_stopped_collapse_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("numbers", [(signal.SIGKILL,), (signal.SIGTERM,), (signal.SIGSTOP, signal.SIGKILL)])
 def test_the_daemon(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest: list[float]) -> None:
-    words = switches()
+    words = words_per_size()
     for number in range(KILLS):
         with Writers(tmp_path, 2, 8) as target:
             before = belongings(target.pid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,12 +20,6 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp")]
 
 PAGE = mmap.PAGESIZE
 N = PMD_SIZE // PAGE
-
-
-@pytest.fixture
-def puppet() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        yield puppet
 
 
 def zero_pages(
