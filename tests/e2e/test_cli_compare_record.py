@@ -97,14 +97,6 @@ def test_a_process_that_is_not_there(tmp_path: Path) -> None:
     assert mthp_here("compare", unused_pid()).returncode == 4
 
 
-def test_a_recording_is_not_replaced_unasked(recording: Path) -> None:
-    before = recording.read_bytes()
-    done = mthp("record", "self", "-o", recording, "--for", "10ms")
-    assert done.returncode == 2
-    assert "exists already" in done.stderr
-    assert recording.read_bytes() == before
-
-
 NAMED = r"""
 import ctypes, sys
 ctypes.CDLL(None).prctl(15, b"[/red]\x1b[5m", 0, 0, 0)

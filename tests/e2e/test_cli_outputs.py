@@ -78,24 +78,27 @@ def test_a_pipe_is_refused(inputs: Path, name: str, force: list[str]) -> None:
     assert "not a regular file" in done.stderr
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "full"
+@pytest.fixture(params=[("size=4k", 1, "No space left"), ("ro", 2, "Read-only file system")], ids=["full", "read-only"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int, str]]:
+    """A file system that takes no file: where it is mounted, the exit code and the error."""
+    options, code, words = request.param
+    directory = tmp_path / "disk"
     directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "mthp-test", str(directory)]
+    command = ["mount", "-t", "tmpfs", "-o", options, "mthp-test", str(directory)]
     mounted = subprocess.run(command, check=False, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        yield directory
+        yield directory, code, words
     finally:
         subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("name", ["snapshot", "record", "report", "simulate"])
-def test_a_full_disk_leaves_nothing(inputs: Path, full: Path, name: str) -> None:
-    done = mthp(*COMMANDS[name], "-o", full / "out")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "No space left" in done.stderr
-    assert list(full.iterdir()) == []
+def test_a_disk_that_takes_no_file_is_left_without_one(inputs: Path, disk: tuple[Path, int, str], name: str) -> None:
+    directory, code, words = disk
+    done = mthp(*COMMANDS[name], "-o", directory / "out")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert list(directory.iterdir()) == []

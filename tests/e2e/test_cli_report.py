@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "before.parquet"
     record(redis_like(), path)
     return path
-
-
-@pytest.fixture
-def actor() -> Iterator[Actor]:
-    with Actor() as actor:
-        yield actor
 
 
 def test_a_snapshot_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
@@ -91,15 +84,6 @@ def test_a_recording_becomes_a_page_and_is_shown_over_time(actor: Actor, tmp_pat
     assert mthp("report", recording, "--at", 0, "-o", out, "--force").returncode == 0
     assert "step 0 of a recording" in out.read_text("utf-8")
     assert mthp("report", recording, "--at", 999, "-o", out, "--force").returncode == 2
-
-
-def test_what_is_there_is_replaced_only_on_request(snapshot: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.html"
-    out.write_text("precious")
-    done = mthp("report", snapshot, "-o", out)
-    assert (done.returncode, out.read_text()) == (2, "precious")
-    assert "--force" in done.stderr
-    assert mthp("report", snapshot, "-o", out, "--force").returncode == 0
 
 
 @pytest.mark.parametrize(

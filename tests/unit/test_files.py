@@ -33,18 +33,23 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.fixture(params=["tmpfile", "named"])
+@pytest.fixture(params=["tmpfile", "named", "no links"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Files without a name, and the way of file systems that have none."""
-    if request.param == "named":
-        real = os.open
+    """Files without a name, and the ways of file systems that have none, or no hard links either."""
+    real = os.open
 
-        def refusing(path: str, flags: int, *rest: int, **more: int) -> int:
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(95, "not supported")
-            return real(path, flags, *rest, **more)
+    def refusing(path: str, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "not supported")
+        return real(path, flags, *rest, **more)
 
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(1, "not permitted")
+
+    if request.param != "tmpfile":
         monkeypatch.setattr(os, "open", refusing)
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", no_links)
     return str(request.param)
 
 
@@ -79,6 +84,8 @@ class TestAppearing:
         precious, link = tmp_path / "precious", tmp_path / "out"
         precious.write_text("precious")
         link.symlink_to(tmp_path / target)
+        with pytest.raises(UsageError, match="exists already"):
+            check_output(link, overwrite=False)
         with pytest.raises(UsageError, match="exists already"):
             write_whole(link, b"ours")
         assert link.is_symlink()

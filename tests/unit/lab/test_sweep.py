@@ -216,16 +216,6 @@ def test_recordings_of_traces_are_weighed_by_the_trace(tmp_path: Path) -> None:
         assert [row["tlb_misses"] for row in rows if row["input"] == "a traced.rec"][-1] == 2
 
 
-def test_a_result_is_not_replaced_unasked(directory: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.parquet"
-    out.write_text("precious")
-    with pytest.raises(UsageError, match="exists already"):
-        sweep(inputs_in(directory), GRID, out, local(1))
-    assert out.read_text() == "precious"
-    sweep(inputs_in(directory), GRID, out, local(1), overwrite=True)
-    assert rows_of(out)
-
-
 def test_a_planted_directory_of_parts_is_refused(directory: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.snapshot import SnapshotInfo, info, load, record
@@ -290,53 +288,6 @@ class TestOutput:
         made = record(process(), file, overwrite=True)
         assert info(file) == made
 
-    def test_overwrite_of_nothing(self, file: Path) -> None:
-        assert record(process(), file, overwrite=True) == info(file)
-
-    def test_a_file_that_appears_meanwhile_stays(self, file: Path) -> None:
-        def take_the_name(done: int, total: int) -> None:
-            file.write_text("precious")
-
-        with pytest.raises(UsageError, match="exists"):
-            record(process(), file, progress=take_the_name)
-        assert file.read_text() == "precious"
-
-    def test_a_symbolic_link_is_not_followed(self, file: Path, tmp_path: Path) -> None:
-        link = tmp_path / "link"
-        link.symlink_to(file)
-        with pytest.raises(UsageError, match="exists"):
-            record(process(), link)
-        assert not file.exists()
-        record(process(), link, overwrite=True)
-        assert not link.is_symlink()
-        assert not file.exists()
-
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_devices_and_directories_are_refused(self, tmp_path: Path, overwrite: bool) -> None:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        for path in (fifo, tmp_path, Path(os.devnull)):
-            with pytest.raises(UsageError, match="not a regular file"):
-                record(process(), path, overwrite=overwrite)
-        assert Path(os.devnull).is_char_device()
-
-    def test_places_where_no_file_can_be(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        for path in (tmp_path / "none" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 300), "/proc/x", "a\0b"):
-            with pytest.raises(UsageError):
-                record(process(), path)
-
-    def test_a_full_disk(self, file: Path) -> None:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit[1]))
-        try:
-            with pytest.raises(MthpError, match="cannot be written: File too large") as caught:
-                record(noise(), file)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert caught.value.exit_code == 1
-        assert not file.exists()
-
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_ctrl_c(self, file: Path, overwrite: bool) -> None:
         if overwrite:
@@ -354,15 +305,6 @@ class TestOutput:
         with pytest.raises(TargetVanishedError):
             record(space, file, block_size=PMD, progress=kill)
         assert not file.exists()
-
-    def test_a_file_system_without_hard_links(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(self: Path, target: Path) -> None:
-            raise PermissionError(1, os.strerror(1))
-
-        monkeypatch.setattr(Path, "hardlink_to", refuse)
-        assert record(process(), file) == info(file)
-        with pytest.raises(UsageError, match="exists"):
-            record(process(), file)
 
     def test_block_size(self, file: Path) -> None:
         with pytest.raises(UsageError, match="block size 0"):
@@ -392,14 +334,6 @@ def test_huge_uniform_process_is_a_small_file(file: Path) -> None:
     made = record(Cheap([(vma, *page_runs((pages // 2, HUGE, 9), (pages // 2, PRESENT, 0)))]), file)
     assert (made.runs, made.pages) == (2, pages)
     assert made.bytes < 10_000
-
-
-def noise() -> FakeSpace:
-    """A process with memory that does not compress."""
-    pages = 16 * 512
-    generator = np.random.default_rng(0)
-    state = generator.integers(1, 1 << 12, pages).astype(np.uint16)
-    return FakeSpace([(Vma(HEAP, HEAP + pages * PAGE, "rw-p"), state, generator.integers(0, 9, pages).astype(np.int8))])
 
 
 def interrupt_at(call: int) -> Callable[[int, int], None]:
