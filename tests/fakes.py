@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,30 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class RestingClock:
+    """A clock that passes only where time is spent: in rests, and where the test advances it.
+
+    Attributes:
+        time: the time.
+        rests: the seconds of each rest.
+        meanwhile: called at the end of each rest.
+    """
+
+    def __init__(self, time: float = 1000.0) -> None:
+        self.time = time
+        self.rests: list[float] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float, wake: object) -> None:
+        assert seconds > 0
+        self.rests.append(seconds)
+        self.time += seconds
+        self.meanwhile()
 
 
 def page_runs(*runs: tuple[int, int, int]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,10 +242,18 @@ def test_what_is_out_of_reach_is_told_and_counted_now_and_then() -> None:
     assert to_object(stage.target, G)["out_of_reach_bytes"] == 16 * page
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The machine that a target measures: its shortage, which is none at first."""
+    machine = SimpleNamespace(shortage=Shortage())
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda membership: machine.shortage)
+    return machine
+
+
+@pytest.mark.usefixtures("machine")
 def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = Shortage()
     stage = Stage(HUGE, eagerness=0)
-    given = trimming(monkeypatch, stage, lambda: calm)
+    given = trimming(monkeypatch, stage)
     stage.steps(0.5)
     assert given == []
     stage.steps(2 * TRIM_SECONDS + 5.0)
@@ -255,14 +263,15 @@ def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: py
     assert to_object(stage.target)["eagerness_level"] == 0.0
 
 
-def test_a_level_that_only_rises_from_0_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = Shortage()
+def test_a_level_that_only_rises_from_0_gives_nothing_back(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = Stage(HUGE, eagerness=5)
-    given = trimming(monkeypatch, stage, lambda: now)
+    given = trimming(monkeypatch, stage)
     stage.steps(60.0)
     assert given == []
     assert to_object(stage.target)["eagerness_level"] == 5.0
-    now = Shortage(pressure=0.2)
+    machine.shortage = Shortage(pressure=0.2)
     stage.steps(5.0)
     assert len(given) == 1, "its own control group waits for memory, although the machine does not"
 
@@ -279,47 +288,38 @@ def test_a_trim_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.Mon
     assert stage.target.trim_at == stage.now + 10.0 / TRIM_SHARE
 
 
-def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Shortage]) -> list[float]:
+def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> list[float]:
     """Return the times of trims, which go into a list that grows."""
     given: list[float] = []
-    monkeypatch.setattr("mthp.daemon.target.measured", lambda *_: now())
 
     def give_back(*_: object) -> tuple[int, int | None]:
         given.append(stage.now)
         return 0, None
 
     monkeypatch.setattr("mthp.daemon.target.give_back", give_back)
-    read = stage.process.read
-    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
     return given
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("by_switches", [False, True])
 @pytest.mark.parametrize(
     ("eagerness", "orders", "made"),
     [(3, (3, 4, 9), {4: 1}), (5, (3, 4, 9), {3: 1, 4: 1}), (3, (2, 3), {3: 3}), (3, (9,), {})],
 )
 def test_a_level_leaves_small_orders_out_and_never_all(
-    eagerness: int, orders: tuple[int, ...], made: dict[int, int], by_switches: bool, monkeypatch: pytest.MonkeyPatch
+    eagerness: int, orders: tuple[int, ...], made: dict[int, int], by_switches: bool
 ) -> None:
     present, none = int(Pte.PRESENT), 0
     runs = ((16, present, 0), (16, none, ORDER_NONE), (8, present, 0), (N - 40, none, ORDER_NONE))
-    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: Shortage())
     stage = small_stage("split", runs, orders="enabled" if by_switches else orders, eagerness=eagerness)
     stage.environment.switches = Switches("always", dict.fromkeys(orders, "inherit"))
-    read = stage.process.read
-    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
     stage.steps(60.0)
     assert stage.target.counters.collapsed == made
     assert not stage.target.needs_move
 
 
-def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = Shortage()
-    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: now)
+def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(machine: SimpleNamespace) -> None:
     stage = Stage(HALF, FULL, eagerness=8)
-    read = stage.process.read
-    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
     stage.steps(0.5)
     assert stage.target.left_out == NOT_EAGER
     assert stage.collapsed == []
@@ -328,7 +328,7 @@ def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypat
     assert sorted(stage.collapsed) == [0, 1]
     assert stage.target.left_out == ""
     assert stage.target.settings.trim is None
-    now = Shortage(pressure=0.2)
+    machine.shortage = Shortage(pressure=0.2)
     stage.steps(3.0)
     assert stage.target.left_out == NOT_EAGER
     assert stage.target.settings.trim == 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import FakeSpace, page_runs
+from fakes import FakeSpace, RestingClock, page_runs
 from mthp.engine.carry import FIRST_BATCH, PATIENCE
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport, FolioTally
@@ -147,25 +146,10 @@ def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     assert report.complete == (not report.interrupted and not left and not report.done_nothing)
 
 
-class FakeClock:
-    """Time that passes only where it is spent."""
-
-    def __init__(self) -> None:
-        self.time = 1000.0
-        self.slept = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float, wake: threading.Event) -> None:
-        self.slept += seconds
-        self.time += seconds
-
-
 class SlowSpace(MovingSpace):
     """Takes `fixed` seconds of `clock` to make ready and `each` for a block."""
 
-    clock: FakeClock
+    clock: RestingClock
     fixed, each = 0.0, 0.0
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
@@ -188,7 +172,7 @@ def test_what_it_takes_to_make_ready_is_not_spent_on_every_block(
 ) -> None:
     space = pages_of((4096, 0), cls=SlowSpace)
     assert isinstance(space, SlowSpace)
-    space.clock, space.fixed, space.each = FakeClock(), fixed, each
+    space.clock, space.fixed, space.each = RestingClock(), fixed, each
     assert moved(space, orders=(2,), clock=space.clock).complete
     low, high = last
     assert all(low <= len(batch) <= high for batch in space.batches[-5:-1])
@@ -251,7 +235,7 @@ def test_it_is_announced_before_anything_is_moved() -> None:
 def test_a_refusal_that_passes_is_waited_for() -> None:
     space = pages_of((64, 448))
     space.refusals = [VFORK] * 3
-    report = moved(space, clock=FakeClock())
+    report = moved(space, clock=RestingClock())
     assert report.complete
     assert len(space.batches) == 4
 
@@ -259,7 +243,7 @@ def test_a_refusal_that_passes_is_waited_for() -> None:
 def test_a_refusal_that_stays_is_the_reason_of_all_and_is_not_asked_for_each() -> None:
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = ["a filter guards it"] * 1000
-    report = moved(space, orders="16K,64K", clock=FakeClock())
+    report = moved(space, orders="16K,64K", clock=RestingClock())
     assert len(space.batches) == 1
     assert report.folios[4].failed == {(ScanResult.FAIL, "a filter guards it"): 50 * 32}
     assert report.folios[4].not_tried == 0
@@ -269,7 +253,7 @@ def test_a_refusal_that_stays_is_the_reason_of_all_and_is_not_asked_for_each() -
 def test_a_thread_that_never_stops_is_not_waited_for_again_and_again() -> None:
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = [VFORK] * 1000
-    report = moved(space, orders="16K,64K", clock=FakeClock())
+    report = moved(space, orders="16K,64K", clock=RestingClock())
     tries = len(PATIENCE) + 1
     assert len(space.batches) == tries
     assert report.folios[4].failed == {(ScanResult.FAIL, f"{VFORK} (tried {tries} times)"): 50 * 32}
@@ -311,7 +295,7 @@ class Failing(MovingSpace):
 
 def test_an_error_in_the_middle_does_not_lose_the_report() -> None:
     space = pages_of(*[(16, 0)] * 96, cls=Failing)
-    report = moved(space, orders="64K", clock=FakeClock())
+    report = moved(space, orders="64K", clock=RestingClock())
     tally = report.folios[4]
     assert tally.made == FIRST_BATCH
     [(cause, failed)] = tally.failed.items()
@@ -357,11 +341,11 @@ def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -
 
 
 def test_a_rate_holds_for_both_parts() -> None:
-    clock = FakeClock()
+    clock = RestingClock()
     space = pages_of((512, 0), (256, 256), (256, 256))
     assert moved(space, mechanism="madvise,move", rate=1 << 20, clock=clock).complete
     # 2 MiB by the call, then 1 MiB twice: the second waits for 3 s in all.
-    assert clock.slept == pytest.approx(3.0, abs=BYTES_BURST_SECONDS)
+    assert sum(clock.rests) == pytest.approx(3.0, abs=BYTES_BURST_SECONDS)
 
 
 def test_what_is_large_already_is_left() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import COLLAPSE_NS, FakeSpace, page_runs
+from fakes import COLLAPSE_NS, FakeSpace, RestingClock, page_runs
 from mthp.blockstates import states_of
 from mthp.engine import work
 from mthp.engine.collapse import collapse_space
@@ -355,33 +354,15 @@ def test_progress_is_told_after_every_range() -> None:
 # Pace.
 
 
-class Clock:
-    """A clock that advances only in sleeps and collapses."""
-
-    def __init__(self) -> None:
-        self.time = 1000.0
-        self.slept: list[float] = []
-        self.meanwhile: Callable[[], None] = lambda: None
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float, wake: threading.Event) -> None:
-        assert seconds > 0
-        self.slept.append(seconds)
-        self.time += seconds
-        self.meanwhile()
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> RestingClock:
+    return RestingClock()
 
 
 class Timed(FakeSpace):
     """Takes the time on `clock` that its collapses say they take, and notes when each began."""
 
-    clock: Clock
+    clock: RestingClock
     began: list[float]
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
@@ -390,7 +371,7 @@ class Timed(FakeSpace):
         return super().attempt(address, order)
 
 
-def timed(clock: Clock, *fullness: int) -> Timed:
+def timed(clock: RestingClock, *fullness: int) -> Timed:
     space = space_of(*fullness, cls=Timed)
     assert isinstance(space, Timed)
     space.clock, space.began = clock, []
@@ -398,7 +379,7 @@ def timed(clock: Clock, *fullness: int) -> Timed:
 
 
 @pytest.mark.parametrize("rate", [1 << 20, 2 << 20, 7 << 20, 100 << 20, 10 << 30])
-def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> None:
+def test_no_more_is_collapsed_than_the_rate_allows(clock: RestingClock, rate: int) -> None:
     space = timed(clock, *[512] * 100)
     start = clock.time
     report = carried_out(space, rate=rate)
@@ -412,23 +393,23 @@ def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> N
 
 
 @pytest.mark.slow
-def test_few_long_rests_instead_of_many_short_ones(clock: Clock) -> None:
+def test_few_long_rests_instead_of_many_short_ones(clock: RestingClock) -> None:
     begun = clock.time
     carried_out(timed(clock, *[512] * 500), rate=1 << 30)
-    assert 0 < len(clock.slept) <= 1 + (clock.time - begun) / BYTES_SLICE_SECONDS
+    assert 0 < len(clock.rests) <= 1 + (clock.time - begun) / BYTES_SLICE_SECONDS
 
 
-def test_without_a_rate_nobody_rests(clock: Clock) -> None:
+def test_without_a_rate_nobody_rests(clock: RestingClock) -> None:
     carried_out(timed(clock, *[512] * 100))
-    assert clock.slept == []
+    assert clock.rests == []
 
 
-def test_nobody_rests_after_the_last(clock: Clock) -> None:
+def test_nobody_rests_after_the_last(clock: RestingClock) -> None:
     carried_out(timed(clock, 512), rate=1)
-    assert clock.slept == []
+    assert clock.rests == []
 
 
-def test_a_long_rest_ends_when_it_is_told_to_stop(clock: Clock) -> None:
+def test_a_long_rest_ends_when_it_is_told_to_stop(clock: RestingClock) -> None:
     started = clock.time
     report = carried_out(timed(clock, 512, 512, 512), stop=lambda: clock.time > started + 5, rate=1)
     assert report.interrupted
@@ -436,7 +417,7 @@ def test_a_long_rest_ends_when_it_is_told_to_stop(clock: Clock) -> None:
     assert clock.time - started < 6
 
 
-def test_after_a_rest_the_pages_are_looked_at_anew(clock: Clock) -> None:
+def test_after_a_rest_the_pages_are_looked_at_anew(clock: RestingClock) -> None:
     space = timed(clock, 512, 510)
     clock.meanwhile = lambda: space.write(BASE + X86_64.pmd_size, 0, ORDER_NONE, pages=500)
     report = carried_out(space, rate=X86_64.pmd_size, max_bloat=100 * 4096)

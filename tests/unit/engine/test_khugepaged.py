@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from fakes import RestingClock
 from mthp.engine.scanner import PassEnd, Scanner
 from mthp.engine.visited import NextRanges, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
@@ -53,23 +54,8 @@ class Stub:
         self.closed = True
 
 
-class Slept:
-    """A clock that jumps ahead at each rest, and records its length."""
-
-    def __init__(self) -> None:
-        self.rests: list[float] = []
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float, wake: threading.Event) -> None:
-        self.rests.append(seconds)
-        self.time += seconds
-
-
-def scanner(budget: int, *spaces: Stub, sleep: int = 10_000) -> tuple[Scanner, Slept]:
-    clock = Slept()
+def scanner(budget: int, *spaces: Stub, sleep: int = 10_000) -> tuple[Scanner, RestingClock]:
+    clock = RestingClock(0.0)
     made = Scanner(lambda: Tunables(15, 2, 8, budget, sleep, 60_000), clock)
     for space in spaces:
         made.add(space)

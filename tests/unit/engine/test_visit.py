@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mthp
-from fakes import FakeSpace, page_runs
+from fakes import FakeSpace, RestingClock, page_runs
 from mthp.engine.admission import Candidate
 from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.scanner import PassEnd
@@ -195,18 +195,10 @@ def test_a_call_that_succeeded_counts_only_where_the_page_tables_show_it() -> No
 
 
 def test_a_failed_allocation_rests_once() -> None:
-    rests: list[float] = []
-
-    class Clock:
-        def now(self) -> float:
-            return 0.0
-
-        def sleep(self, seconds: float, wake: object) -> None:
-            rests.append(seconds)
-
+    clock = RestingClock()
     target = space(pages(16), pages(16), pages(16), fails={at(0): ScanResult.ALLOC_HUGE_PAGE_FAIL})
-    entered(target, clock=Clock()).do_scan()
-    assert rests == [60.0]
+    entered(target, clock=clock).do_scan()
+    assert clock.rests == [60.0]
 
 
 @pytest.mark.parametrize(
