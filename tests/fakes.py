@@ -165,7 +165,8 @@ class FakeSpace(AddressSpace):
         found: list[Segment] = []
         for start, end in segments:
             first = start // granule * granule
-            offsets = np.maximum(np.arange(first, end, granule) - start, 0) // self._geometry.page_size
+            # From the start on: addresses above 1 << 63 are no int64.
+            offsets = np.maximum(np.arange(first - start, end - start, granule), 0) // self._geometry.page_size
             used = np.flatnonzero(np.logical_or.reduceat(self._read_one(start, end)[0] != 0, offsets))
             for run in np.split(used, np.flatnonzero(np.diff(used) > 1) + 1) if len(used) else ():
                 low, high = first + int(run[0]) * granule, first + (int(run[-1]) + 1) * granule
