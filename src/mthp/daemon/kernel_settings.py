@@ -179,7 +179,6 @@ class Keeping:
         self._say(f"{TUNABLE} is {number} while this daemon runs; it was {was}")
 
     def _put_back(self) -> None:
-        """Put back the value from before."""
         if self._kept is None:
             return
         restored = self._journal.release()

@@ -193,7 +193,6 @@ class Worker:
                 target.end_pass()
 
     def _once(self) -> None:
-        """Do one piece of work, or wait."""
         if (wait := self._must_wait()) > 0:
             # While memory is short, trims are the work that helps.
             if self.paused or not self.pressure.resting or not self._trim():

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.linux import abi
+from mthp.linux.kernelfiles import unescaped
 from mthp.text import lines
-
-_ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ def cgroup_mounts(mountinfo: str) -> tuple[CgroupMount, ...]:
         fields, (kind, *rest) = before.split(" "), after.split(" ") if separator else [""]
         if kind not in ("cgroup", "cgroup2") or len(fields) < 5:
             continue
-        root, point = (_ESCAPED.sub(lambda match: chr(int(match[1], 8)), field) for field in fields[3:5])
+        root, point = map(unescaped, fields[3:5])
         controllers = None if kind == "cgroup2" else frozenset(rest[-1].split(","))
         mounts.append(CgroupMount(Path(point), root, controllers))
     return tuple(mounts)

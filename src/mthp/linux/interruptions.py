@@ -11,6 +11,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import FrameType
 
 _USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -18,15 +19,12 @@ _USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
-@contextlib.contextmanager
-def interruptions_held_back() -> Iterator[None]:
+def interruptions_held_back() -> AbstractContextManager[None]:
     """Delay Python's handlers of the usual signals. Only the main thread runs such handlers at all."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return contextlib.nullcontext()
     # A signal with a default action that ends the process keeps it: only handlers raise.
-    with _held_back({number: handler for number in _USUAL if callable(handler := signal.getsignal(number))}):
-        yield
+    return _held_back({number: handler for number in _USUAL if callable(handler := signal.getsignal(number))})
 
 
 @contextlib.contextmanager

@@ -59,7 +59,6 @@ class _Chunks:
 
     @property
     def words(self) -> int:
-        """Return the number of words in all of them."""
         return len(self.ids) << self.shift
 
     def seconds(self) -> float:
@@ -163,23 +162,19 @@ class FolioReader(FrameWords):
 
     def _read(self, frames: Frames, shifts: tuple[int, ...], flags: Words, orders: _Orders) -> None:
         """Fill in `flags` and `orders` of `frames`, with chunks of one of the sizes `shifts`, largest first."""
-        buffer, shift, place = self._gather(frames, shifts, flags)
+        chunks = self._choose(frames, shifts)
+        shift = chunks.shift
+        starts, ends = _runs(chunks.ids)
+        buffer = self._load(chunks.ids[starts] << shift, (ends - starts) << shift)
+        place = chunks.index << shift
+        place |= frames & (1 << shift) - 1
+        buffer.take(place, out=flags)
         if not int(np.bitwise_or.reduce(flags)) & (abi.KPF_COMPOUND_HEAD | abi.KPF_COMPOUND_TAIL):
             orders[:] = 0
             return
         _orders_in(buffer, shift).take(place, out=orders)
         self._close_open(frames, shifts, shift, flags, orders)
         _give_tails_swapbacked(buffer, shift, place, flags, orders)
-
-    def _gather(self, frames: Frames, shifts: tuple[int, ...], words: Words) -> tuple[Words, int, NDArray[np.int64]]:
-        """Fill in the `words` of `frames`; return the buffer that was read, its shift, and the places in it."""
-        chunks = self._choose(frames, shifts)
-        starts, ends = _runs(chunks.ids)
-        buffer = self._load(chunks.ids[starts] << chunks.shift, (ends - starts) << chunks.shift)
-        place = chunks.index << chunks.shift
-        place |= frames & (1 << chunks.shift) - 1
-        buffer.take(place, out=words)
-        return buffer, chunks.shift, place
 
     def _close_open(self, frames: Frames, shifts: tuple[int, ...], shift: int, flags: Words, orders: _Orders) -> None:
         """Find the orders that are open after reading with chunks of `shift`, in place."""

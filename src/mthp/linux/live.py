@@ -191,17 +191,15 @@ class LiveAddressSpace(ProcessSpace):
         self.process.check_alive()
         asked = sum(end - start for start, end in segments)
         # A scan costs about as much as reading for every page table that has entries, and nothing for the holes.
-        if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._in_memory_or_swap():
+        if asked < SPARSE_BYTES or not self._pagemap.can_scan:
+            return list(segments)
+        swapped = int((self.process.status("VmSwap") or "0").split()[0]) << 10
+        if asked < SPARSE_RATIO * (self.resident_bytes() + swapped):
             return list(segments)
         found: list[Segment] = []
         for segment in segments:
             found += self._populated(segment, granule)
         return found
-
-    def _in_memory_or_swap(self) -> int:
-        """Return the bytes that the process has in memory and swap."""
-        swapped = (self.process.status("VmSwap") or "0").split()[0]
-        return self.resident_bytes() + (int(swapped) << 10)
 
     def _populated(self, segment: Segment, granule: int) -> list[Segment]:
         found: list[Segment] = []

@@ -89,13 +89,9 @@ class Pagemap(Closing):
                 if reopened:
                     words[done:] = 0
                     return
-                self._reopen()
-                reopened = True
-
-    def _reopen(self) -> None:
-        fd = self.process.open("pagemap")
-        os.close(self._fd)
-        self._fd = fd
+                fd = self.process.open("pagemap")
+                os.close(self._fd)
+                self._fd, reopened = fd, True
 
     def scan(self, segment: Segment, *, any_of: int = 0, all_of: int = 0) -> Iterator[NDArray[np.uint64]]:
         """Yield runs of pages in `segment` that have one of the categories `any_of` and all of `all_of`.

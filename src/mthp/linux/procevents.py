@@ -242,18 +242,14 @@ class ProcPolling:
         # in between can be new.
         if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
             self._sweep_at = now + SWEEP_SECONDS
-            self._last = last
-            return self._listed()
+            pids = set(list_pids(self._proc))
+            changes = Changes(born=pids - self._known, gone=self._known - pids)
+            self._known, self._last = pids, last
+            return changes
         born = {pid for pid in range(self._last + 1, last + 1) if self._is_process(pid)} - self._known
         self._last = last
         self._known |= born
         return Changes(born=born)
-
-    def _listed(self) -> Changes:
-        pids = set(list_pids(self._proc))
-        changes = Changes(born=pids - self._known, gone=self._known - pids)
-        self._known = pids
-        return changes
 
     def _last_pid(self) -> int:
         return int(os.pread(self._loadavg, 128, 0).split()[-1])

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 
 from mthp.errors import UnsupportedError
+from mthp.linux.kernelfiles import unescaped
 from mthp.linux.process import Process
 from mthp.ptes import Segment
 from mthp.text import lines
@@ -23,7 +24,6 @@ from mthp.vma import Vma, VmaKind
 
 _READ_CHUNK = 1 << 20
 _HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
-_ESCAPED = re.compile(r"\\([0-7]{3})")
 _SHMEM_NAMES = ("/memfd:", "/SYSV", "/dev/shm/", "[anon_shmem:")
 _ANON_NAMES = ("[heap]", "[stack", "[anon:")
 _SHMEM_FILESYSTEMS = (b"tmpfs", b"devtmpfs")
@@ -121,7 +121,7 @@ class VmaParser:
         """Return the mapping of a header line (a match of the module's pattern) and the lines up to the next one."""
         start, end, permissions, offset, device, inode, raw_name = header.groups()
         if (name := self._names.get(raw_name)) is None:
-            name = self._names[raw_name] = _unescape(os.fsdecode(raw_name))
+            name = self._names[raw_name] = unescaped(os.fsdecode(raw_name))
         flags = self._parse_flags(block)
         shared = permissions.endswith(b"s")
         written = any(number_in(block, field) for field in (b"\nAnonymous:", b"\nSwap:", b"\nAnonHugePages:"))
@@ -243,10 +243,3 @@ def number_in(block: bytes, field: bytes) -> int | None:
         return None
     at += len(field)
     return int(block[at : block.index(b"\n", at)].removesuffix(b"kB"))
-
-
-def _unescape(name: str) -> str:
-    """Undo the kernel's escapes in names with a newline (seq_file_path): octal after a backslash."""
-    if "\\" not in name:
-        return name
-    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name)

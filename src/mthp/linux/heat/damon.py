@@ -202,7 +202,6 @@ class Damon:
         return parts, cpu + time.process_time() - begun, took
 
     def _tried(self) -> Regions:
-        """Read the regions of the last aggregation."""
         rows = []
         for region in (self._context / "schemes/0/tried_regions").iterdir():
             if region.name.isdecimal():

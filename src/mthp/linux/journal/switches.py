@@ -256,7 +256,6 @@ class SwitchJournal:
         return off + on
 
     def _differing(self, wanted: Mapping[str, str]) -> list[Change]:
-        """Return the changes that lead to `wanted`."""
         boot = boot_id()
         changes = []
         for switch, word in wanted.items():

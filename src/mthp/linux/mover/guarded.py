@@ -320,7 +320,6 @@ def _userfaultfd(*, guarded: bool) -> int:
 
 
 def _map(size: int, protection: int, flags: int = 0) -> int:
-    """Map `size` bytes of private memory."""
     address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
     if address == ctypes.c_void_p(-1).value:
         raise MthpError(f"mmap: {os.strerror(ctypes.get_errno())}")

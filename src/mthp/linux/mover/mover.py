@@ -72,12 +72,10 @@ class _Batch:
 
     @property
     def open(self) -> list[Block]:
-        """Return the blocks without an outcome, in their order."""
         return [block for block in self.blocks if block not in self.outcomes]
 
     @property
     def done(self) -> bool:
-        """Return whether a block was moved."""
         return any(outcome.result is ScanResult.SUCCEED for outcome in self.outcomes.values())
 
     def reopen(self, reason: str) -> bool:

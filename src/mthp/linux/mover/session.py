@@ -310,7 +310,6 @@ class MoverSession(Hold):
         return objections, operations, lengths, pause
 
     def _inject(self, frozen: FrozenProcess, operations: int) -> Injection:
-        """Map the stub's memory in the target."""
         scratch = self._geometry.pmd_size
         layout = stub.Layout(0, len(frozen.stopped.tids), operations, scratch, frozen.machine)
         if self._place is None or self._place.size < layout.size:

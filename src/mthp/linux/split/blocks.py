@@ -288,12 +288,10 @@ class _RenewedRoom:
 
     @property
     def limited(self) -> bool:
-        """Return whether a cgroup limits the target."""
         return self._room.limited
 
     @property
     def reason(self) -> str:
-        """Return why a folio does not fit."""
         return f"for a moment it takes {self._geometry.label(self._geometry.pmd_order)}: {self._room.reason}"
 
 

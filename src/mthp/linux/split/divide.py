@@ -59,7 +59,7 @@ class FolioDivider(Closing):
     Attributes:
         calls_ns: duration of each write, and of each advice, in nanoseconds.
 
-    The readers and the file are closed with this object.
+    The readers and the file are closed with this object. Methods raise TargetVanishedError if the process is gone.
     """
 
     def __init__(
@@ -85,11 +85,7 @@ class FolioDivider(Closing):
             self._file.close()
 
     def folio_at(self, address: int, order: int) -> LargeFolio | None:
-        """Return the folio of `order` with its first page mapped at `address`; None if there is no such folio.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Return the folio of `order` with its first page mapped at `address`; None if there is no such folio."""
         word = self._pagemap.word(address)
         pfn = word & abi.PM_PFRAME_MASK
         # A naturally aligned folio with a tail at the start of the second half has both halves.
@@ -103,9 +99,6 @@ class FolioDivider(Closing):
 
         Args:
             layout: int8, shape (pages,): the order of the folio that each page is to lie in.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         steps = SplitWrites(layout, offset=self._offset)
         todo, refused = [Part(0, folio.order)], []
@@ -143,9 +136,6 @@ class FolioDivider(Closing):
 
         Args:
             holes: pages of `folio` that may lose their age: bool, shape (pages,).
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         for pause in BACK_OFF:
             self._sleep(pause)
@@ -167,9 +157,6 @@ class FolioDivider(Closing):
         """Return whether one of the `wanted` pages from `address` on is mapped, and not to the shared zero page.
 
         A page that compaction is moving has a migration entry, which pagemap shows as swapped: it counts as mapped.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         words = self._pagemap.read([(address, address + len(wanted) * self._geometry.page_size)])
         if (wanted & ((words & np.uint64(abi.PM_SWAP)) != 0)).any():
@@ -178,15 +165,6 @@ class FolioDivider(Closing):
         frames = np.unique(words[there] & np.uint64(abi.PM_PFRAME_MASK)).tolist()
         # There is only one zero page.
         return len(frames) > 1 or any(not self._folios.word(frame) & abi.KPF_ZERO_PAGE for frame in frames)
-
-    def _pages_mapped(self, folio: LargeFolio, part: Part) -> NDArray[np.bool_]:
-        count, size = 1 << part.order, self._geometry.page_size
-        begin = folio.address + part.offset * size
-        words = self._pagemap.read([(begin, begin + count * size)])
-        there: NDArray[np.bool_] = (words & np.uint64(abi.PM_PRESENT)) != 0
-        expected = np.arange(count, dtype=np.uint64) + np.uint64(folio.pfn + part.offset)
-        there &= (words & np.uint64(abi.PM_PFRAME_MASK)) == expected
-        return there
 
     def cool(self, address: int) -> int:
         """Advise MADV_COLD of one page, which splits its large folio to base pages (madvise_cold(), mm/madvise.c).
@@ -217,16 +195,17 @@ class FolioDivider(Closing):
         """Return the address of a page of `part`, one of the `wanted`, with its old mapping; None without one."""
         size = self._geometry.page_size
         begin = folio.address + part.offset * size
-        if wanted is None and self._maps(self._pagemap.word(begin), folio.pfn + part.offset):
-            return begin
-        there = self._pages_mapped(folio, part)
+        first, count = folio.pfn + part.offset, 1 << part.order
+        if wanted is None:
+            word = self._pagemap.word(begin)
+            if word & abi.PM_PRESENT and word & abi.PM_PFRAME_MASK == first:
+                return begin
+        words = self._pagemap.read([(begin, begin + count * size)])
+        there = (words & np.uint64(abi.PM_PRESENT)) != 0
+        there &= (words & np.uint64(abi.PM_PFRAME_MASK)) == np.arange(first, first + count, dtype=np.uint64)
         if wanted is not None:
             there &= wanted[part.pages]
         return begin + int(there.argmax()) * size if there.any() else None
-
-    @staticmethod
-    def _maps(word: int, pfn: int) -> bool:
-        return bool(word & abi.PM_PRESENT) and word & abi.PM_PFRAME_MASK == pfn
 
     def _is_apart(self, folio: LargeFolio, part: Part) -> bool:
         """Return whether no folio reaches over the ends of `part`. Folios are naturally aligned."""

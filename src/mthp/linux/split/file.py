@@ -9,6 +9,7 @@ run; releases are never compared.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import functools
 import mmap
@@ -160,14 +161,10 @@ def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
 
 @functools.cache
 def split_ability(geometry: Geometry) -> SplitAbility:
-    """Return the abilities of this kernel for these rights, found at the first call; takes some milliseconds."""
-    return probe_split(geometry)
+    """Return the abilities of this kernel for these rights; at the first call it takes some milliseconds to find them.
 
-
-def probe_split(geometry: Geometry) -> SplitAbility:
-    """Find the abilities of this kernel on memory of this process, which is mapped for it and released.
-
-    It needs frame numbers, without which no split can be seen.
+    They are found on memory of this process, which is mapped for it and released, and by frame numbers, without which
+    no split can be seen.
     """
     error, file = 0, None
     try:
@@ -178,7 +175,7 @@ def probe_split(geometry: Geometry) -> SplitAbility:
     try:
         return _tried(file, ability, geometry)
     except _UntriedError as why:
-        return SplitAbility(ability.file, mounted=ability.mounted, untried=str(why))
+        return dataclasses.replace(ability, untried=str(why))
     finally:
         if file is not None:
             file.close()
@@ -250,7 +247,6 @@ class _Trial:
         return False
 
     def split(self, file: SplitFile, order: int, at: int | None = None) -> None:
-        """Write to the file, for the first page."""
         file.split(os.getpid(), self.start, self._geometry.page_size, order, at)
 
     def cool(self) -> None:
@@ -260,7 +256,6 @@ class _Trial:
         abi.madvise(last, self._geometry.page_size, abi.MADV_COLD)
 
     def orders(self, *pages: int) -> tuple[int, ...]:
-        """Return the orders of the folios that contain `pages`."""
         return tuple(self._folios.folio_of(self._pfn(page))[1] for page in pages)
 
     def given_back(self) -> bool:

@@ -19,19 +19,19 @@ from mthp.errors import MthpError, NotPermittedError
 from mthp.linux.process import Process
 from mthp.movechecks import Refusal
 
-_HOLDERS = (
-    ("kvm", ("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),
-    ("hypervisor", ("/dev/mshv", "/dev/acrn", "/dev/gunyah", "/dev/xen/"), "a virtual machine uses its pages"),
-    ("vhost", ("/dev/vhost-",), "a thread of the kernel's writes to its memory (vhost)"),
-    ("vfio", ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio"), "a device writes to its pages (VFIO)"),
-    ("infiniband", ("/dev/infiniband/", "anon_inode:[infiniband"), "a network adapter writes to its pages (RDMA)"),
-    ("nvidia", ("/dev/nvidia",), "a GPU may write to its pages"),
-    ("dri", ("/dev/dri/", "/dev/kfd", "/dev/accel/"), "a GPU may write to its pages"),
-    ("video", ("/dev/video", "/dev/media", "/dev/dma_heap/"), "a video device may write to its pages"),
-    ("sva", ("/dev/dsa/", "/dev/iax/", "/dev/hisi_"), "a device uses its page table (shared virtual addressing)"),
-    ("xpmem", ("/dev/xpmem",), "other processes may have mapped its memory (XPMEM)"),
-)
-"""Key, prefixes of links in ``/proc/PID/fd``, and the effect of holding such a file."""
+_HOLDERS = {
+    "kvm": (("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),
+    "hypervisor": (("/dev/mshv", "/dev/acrn", "/dev/gunyah", "/dev/xen/"), "a virtual machine uses its pages"),
+    "vhost": (("/dev/vhost-",), "a thread of the kernel's writes to its memory (vhost)"),
+    "vfio": (("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio"), "a device writes to its pages (VFIO)"),
+    "infiniband": (("/dev/infiniband/", "anon_inode:[infiniband"), "a network adapter writes to its pages (RDMA)"),
+    "nvidia": (("/dev/nvidia",), "a GPU may write to its pages"),
+    "dri": (("/dev/dri/", "/dev/kfd", "/dev/accel/"), "a GPU may write to its pages"),
+    "video": (("/dev/video", "/dev/media", "/dev/dma_heap/"), "a video device may write to its pages"),
+    "sva": (("/dev/dsa/", "/dev/iax/", "/dev/hisi_"), "a device uses its page table (shared virtual addressing)"),
+    "xpmem": (("/dev/xpmem",), "other processes may have mapped its memory (XPMEM)"),
+}
+"""By key: prefixes of links in ``/proc/PID/fd``, and the effect of holding such a file."""
 
 _KMEM = ((1, 1), (1, 2), (1, 4))
 """``mem``, ``kmem`` and ``port``: the devices of major number 1 that are not as harmless as ``null`` and ``random``."""
@@ -90,7 +90,8 @@ def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
     for link, device in dict.fromkeys(files):
         key = device_of(link)
         if key is not None:
-            refused.setdefault(key, _holder(key))
+            prefixes, meaning = _HOLDERS[key]
+            refused.setdefault(key, Refusal(f"device_{key}", f"it has a file of {prefixes[0]} open: {meaning}"))
         # A list of what is allowed, as for flags of mappings: an unknown driver may keep references that nothing shows.
         elif device and not is_harmless(link, device):
             refused.setdefault(
@@ -107,10 +108,7 @@ def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
 
 def device_of(link: str) -> str | None:
     """Return the key of the memory-holding device that a link of ``/proc/PID/fd`` leads to; None for others."""
-    for key, prefixes, _ in _HOLDERS:
-        if link.startswith(prefixes):
-            return key
-    return None
+    return next((key for key, (prefixes, _) in _HOLDERS.items() if link.startswith(prefixes)), None)
 
 
 def is_harmless(link: str, device: int) -> bool:
@@ -123,8 +121,3 @@ def is_harmless(link: str, device: int) -> bool:
     if major in _HARMLESS_MAJORS:
         return (major, minor) not in _KMEM
     return link.rpartition("/dev/")[2].startswith(_HARMLESS_NAMES)
-
-
-def _holder(key: str) -> Refusal:
-    prefixes, meaning = next((prefixes, meaning) for name, prefixes, meaning in _HOLDERS if name == key)
-    return Refusal(f"device_{key}", f"it has a file of {prefixes[0]} open: {meaning}")
