@@ -155,8 +155,7 @@ _SETTINGS = {
 def configuration_files(path: Path) -> list[Path]:
     """Return the files of the configuration at `path`.
 
-    A file is all of it. A directory has `mthp.toml`, and the files of `conf.d` that end with .toml, in the order of
-    their names.
+    A file is all of it. A directory has `mthp.toml`, and the files of `conf.d` that end with .toml, ordered by name.
 
     Raises:
         UsageError: the directory has no such file, or cannot be read.

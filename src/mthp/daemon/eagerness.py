@@ -7,8 +7,7 @@ maximum; the current *level* is below it while memory is short:
   for memory, so filling must not take more.
 - *Free memory* of the machine shows a shortage before it comes: below a twentieth nothing is made.
 
-Bloat is bounded by the same number: filling may add at most the share of the resident memory that may be empty in a PMD
-range.
+Bloat is bounded by it, too: filling may add at most the share of resident memory that may be empty in a PMD range.
 
 A dead band keeps small changes of the measurement from moving the level at all. The wanted level never grows with
 pressure, so after a step of pressure the level moves in one direction and stops.
@@ -50,8 +49,7 @@ SMALLEST = ((7.0, MIN_ANON_ORDER), (4.0, MIN_ANON_ORDER + 1), (0.0, MIN_ANON_ORD
 """Lowest levels, and the smallest order from each of them on.
 
 Below level 4 the smallest folio has 16 pages, because arm64 maps 16 pages of 4K by one TLB entry (CONT_PTES,
-arch/arm64/include/asm/pgtable-hwdef.h). Where single pages are missing everywhere, smaller folios are most of the
-copying.
+arch/arm64/include/asm/pgtable-hwdef.h). Where single pages are missing everywhere, smaller folios are most copying.
 """
 
 

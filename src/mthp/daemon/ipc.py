@@ -1,8 +1,7 @@
 """The daemon's socket, for ``mthp status``, ``pause`` and ``resume``, and the lock that allows one daemon at a time.
 
 A client sends one JSON object in a line, ``{"command": "status"}``, and receives one as the answer; then it may send
-the next. No client can delay the daemon or another client: one that sends too much, or does not read its answer, is
-dropped.
+the next. No client can delay the daemon or another client: one that sends too much, or reads no answer, is dropped.
 """
 
 from __future__ import annotations
@@ -119,8 +118,7 @@ class _Client:
                 self._asked += part
                 if not part or len(self._asked) > 2 * MAX_REQUEST:
                     return False
-            # Answer the next request only after the previous answer is sent, so that a client never has more than one
-            # answer in our memory.
+            # Only after the previous answer is sent, so that a client never has more than one answer in our memory.
             while self.unread or b"\n" in self._asked:
                 if not self.unread:
                     line, _, self._asked = self._asked.partition(b"\n")

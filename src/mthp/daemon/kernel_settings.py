@@ -3,8 +3,7 @@
 One tunable may be set, too: :class:`Keeping` keeps max_ptes_none of the kernel's khugepaged at a number while the
 daemon runs, and puts it back. At its default khugepaged makes huge folios of the small ones that the daemon makes
 (:mod:`mthp.engine.lasting`). The daemon puts the number back at its end; the watcher of the journal does if the daemon
-is killed; the next mthp does if both are killed (:mod:`mthp.linux.journal`). The daemon itself continues to use the
-number from before.
+is killed; the next mthp does if both are killed (:mod:`mthp.linux.journal`). The daemon itself uses the old number.
 """
 
 from __future__ import annotations

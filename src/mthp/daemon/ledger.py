@@ -3,8 +3,8 @@
 A range is due when its layout (:class:`~mthp.outline.Outline`) has changed since its last scan, or when its time has
 come: soon after a failure that may pass, late after a scan that changed nothing, because a folio that was split or
 exchanged for base pages leaves the layout as it is. Waiting times double while nothing changes. No soft-dirty bit is
-cleared and no write tracking is set up, because checkpointers, garbage collectors and virtual machine managers may be
-using them.
+cleared and no write tracking is set up, because checkpointers, garbage collectors and virtual machine managers may use
+them.
 """
 
 from __future__ import annotations

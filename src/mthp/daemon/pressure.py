@@ -80,8 +80,7 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Shortage:
     mounts = _mounts(proc)
     tops = {mount.point for mount in mounts}
     files = [each / "memory.pressure" for each in cgroup_directories(mounts, membership, "memory") if each not in tops]
-    # The top is the root cgroup, or a container's stand-in for a cgroup outside of it, so the machine's pressure
-    # counts.
+    # The top is the root cgroup, or stands in a container for one outside of it: the machine's pressure counts.
     pressure = _some_avg10(next((file for file in files if file.exists()), proc / "pressure/memory"))
     meminfo = text_of(proc / "meminfo") or ""
     available, total = (parse_meminfo(meminfo, name) for name in ("MemAvailable", "MemTotal"))

@@ -197,8 +197,7 @@ class Daemon:
             MthpError: an internal error stopped the daemon.
         """
         with self._undo, self._signals():
-            # The budget leaves this thread out: answers and new processes cost as much as others cause, and must not
-            # stop the work.
+            # The budget leaves this thread out: it does what others cause, which must not stop the work.
             self.worker.cpu.leave_out()
             self.worker.start()
             self.finder.start()

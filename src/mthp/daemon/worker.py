@@ -1,8 +1,7 @@
 """The worker's thread: it works on the targets in turn, one piece at a time, within the budgets.
 
 There is one thread, so budgets, the windows of the mover and the switches that it reads need no further locks. The main
-thread adds, renews and drops targets, pauses and stops. A piece takes some milliseconds; between two of them the worker
-handles these requests.
+thread adds, renews and drops targets, pauses and stops. A piece takes milliseconds; between two it handles requests.
 """
 
 from __future__ import annotations

@@ -142,8 +142,7 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
     """
     vector = IoVec(address, length)
     advised = _libc.syscall(
-        # Every argument as a long: ctypes would pass a Python int as a C int, and leave the upper half of the register
-        # open.
+        # Every argument as a long: ctypes passes a Python int as a C int, and leaves half of the register open.
         ctypes.c_long(NR_PROCESS_MADVISE),
         ctypes.c_long(pidfd),
         ctypes.byref(vector),

@@ -136,8 +136,7 @@ class Namespace:
                 return
             for key, absolute in _memberships(_read(f"{self._proc}/thread-self/cgroup")).items():
                 inside = here.get(key, "").rstrip("/")
-                # This thread's own path, seen from inside and from outside: what is in front of the common end is the
-                # root.
+                # This thread's own path, from inside and from outside: what precedes the common end is the root.
                 if absolute.endswith(inside) and not inside.startswith("/.."):
                     self._roots[key] = absolute.removesuffix(inside) or "/"
 

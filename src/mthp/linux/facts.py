@@ -52,8 +52,7 @@ class Pods:
         known = self._by_container.get(container_of(cgroup))
         if known is not None:
             return known
-        # A container without a log, such as the one that holds the namespaces of the pod: its path has the pod's UID,
-        # too.
+        # A container without a log, such as the one that holds the pod's namespaces: its path has the pod's UID too.
         uid = _POD_UID.search(cgroup)
         return (self._by_uid.get(uid[1].replace("_", "-"), "") if uid else "", "")
 
@@ -62,8 +61,7 @@ class Pods:
         for directory in self._directories:
             try:
                 state = directory.stat()
-                # A link that comes or goes changes the directory's time; its inode changes if the directory was made
-                # again.
+                # A link that comes or goes changes the directory's time, a directory that was made again its inode.
                 if self._read_at == (state.st_ino, state.st_mtime_ns):
                     return
                 names = os.listdir(directory)  # noqa: PTH208  (the names are wanted)

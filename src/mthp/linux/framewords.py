@@ -117,8 +117,7 @@ class FrameWords(Closing):
         if share < self._share or len(buffer) < self._call * len(ends):
             self._load_part(starts - (ends - sizes), ends, 0, buffer)
             return buffer
-        # Nearly all of the time is spent in the kernel, which takes no lock for it, and Python lets other threads run
-        # meanwhile.
+        # Nearly all of the time is spent in the kernel, without a lock, while Python lets other threads run.
         with ThreadPoolExecutor(self._threads) as pool:
             parts = [
                 pool.submit(self._load_part, starts - (ends - sizes), ends, at, buffer[: at + share])

@@ -72,8 +72,7 @@ def cgroup_bounds(mounts: Sequence[CgroupMount], membership: str) -> Iterator[Me
                     continue
                 if droppable is None:
                     droppable = _droppable(directory)
-                # Clean, inactive file pages do not count as used: at the limit, reclaim drops them before anything
-                # else.
+                # Clean, inactive file pages do not count as used: at the limit, reclaim drops them first.
                 yield MemoryBound(str(directory), int(limit), int(limit) - used + droppable)
 
 

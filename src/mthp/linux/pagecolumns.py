@@ -98,8 +98,7 @@ class ColumnReader:
         order = np.where(present, np.int8(ORDER_UNKNOWN), np.int8(ORDER_NONE))
         pfn = None
         if self._folios is None:
-            # Without frames an order is known only where a PMD entry maps the folio, and lazily freed pages look like
-            # others.
+            # Without frames an order is known only where a PMD entry maps it, and lazily freed pages look like others.
             self._paint_scanned(segments, state, order)
         else:
             pfn = words

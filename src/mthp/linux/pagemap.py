@@ -81,9 +81,8 @@ class Pagemap(Closing):
             except OSError as error:
                 self.process.fail(error, "pagemap")
             done += size // abi.PM_ENTRY_BYTES
-            # The file returns no bytes for three reasons: the process is exiting; it has a new address space since
-            # execve(2), while the open file belongs to the old one; or no process can have these addresses
-            # ([vsyscall]).
+            # The file returns no bytes if the process is exiting; if it has a new address space since execve(2),
+            # while the file belongs to the old one; or if no process can have these addresses ([vsyscall]).
             if size == 0:
                 self.process.check_memory()
                 if reopened:

@@ -1,8 +1,7 @@
 """Hold one process so that it cannot be mistaken for another.
 
 The kernel assigns a PID to another process as soon as its owner is gone. A pidfd (pidfd_open(2)) refers to the process
-itself, and so does an open directory ``/proc/PID``; together they make sure that all reads and advice here concern the
-process that was opened.
+itself, and so does an open directory ``/proc/PID``; so all reads and advice concern the process that was opened.
 
 Ways to fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
 the start (:class:`~mthp.errors.UnsupportedError`), or belongs to another user
@@ -89,8 +88,7 @@ class Process(Closing):
         self._directory = -1
         try:
             # The kernel looks files up through the struct pid for which the directory was opened (get_proc_task,
-            # fs/proc/base.c): a file relative to it fails with ESRCH once that process is gone, also when another one
-            # has the number.
+            # fs/proc/base.c): they fail with ESRCH once that process is gone, also when another one has the number.
             self._directory = self._open_directory()
             self.starttime = self._look()
         except MthpError:

@@ -187,8 +187,7 @@ class ProcConnector:
             except BlockingIOError:
                 break
             except OSError as error:
-                # The buffer was full: the kernel reports it once, and goes on with the next message that fits
-                # (netlink(7)).
+                # The buffer was full: the kernel reports it once, and goes on with the next message (netlink(7)).
                 if error.errno != errno.ENOBUFS:
                     raise
                 changes.lost = True
@@ -237,9 +236,8 @@ class ProcPolling:
     def changes(self) -> Changes:
         """Return the new processes since the last call; exited ones are found at the next listing of all."""
         now, last = self._clock(), self._last_pid()
-        # A number can also be chosen (clone3(2), ns_last_pid), or come from another PID namespace: list all at times.
-        # PIDs are given out in ascending order, and /proc/loadavg has the last one (proc_loadavg(5)): only the numbers
-        # in between can be new.
+        # PIDs ascend, and /proc/loadavg has the last one (proc_loadavg(5)): only those in between can be new. But one
+        # can be chosen (clone3(2), ns_last_pid), or come from another PID namespace: list all at times.
         if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
             self._sweep_at = now + SWEEP_SECONDS
             pids = set(list_pids(self._proc))

@@ -53,8 +53,7 @@ class Rights:
         name = CAPABILITY_NAMES[capability]
         if not self.has(capability):
             return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"
-        # Effective in a namespace of its own, where the kernel asks for it in the first one (capable(),
-        # kernel/capability.c).
+        # Effective in a namespace of its own: the kernel asks for it in the first one (capable(), kernel/capability.c).
         if not self.in_first_namespace:
             return f"{name} in the first user namespace: this process has it in its own only"
         return f"{name} is there: a seccomp filter or security module refuses; run outside of it"

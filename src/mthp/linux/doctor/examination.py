@@ -92,8 +92,7 @@ def _thp(facts: Facts) -> Answer:
             f"available, enabled is {word}, but switched off for this process",
             "start it from a process that has not called prctl(PR_SET_THP_DISABLE), which is inherited",
         )
-    # MADV_COLLAPSE ignores the switches (TVA_FORCED_COLLAPSE in __thp_vma_allowable_orders(), mm/huge_memory.c, in
-    # 7.3).
+    # MADV_COLLAPSE ignores the switches (TVA_FORCED_COLLAPSE, __thp_vma_allowable_orders(), mm/huge_memory.c, 7.3).
     if word == "never":
         return Answer(
             State.LIMITED,

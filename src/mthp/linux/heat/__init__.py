@@ -3,8 +3,7 @@
 - :mod:`~mthp.linux.heat.damon` samples each PMD range, by virtual addresses or by the frames behind them. It does not
   disturb reclaim: where it clears a young bit, it records that the folio is young.
 - :mod:`~mthp.linux.heat.idle_tracking` samples single pages of each PMD range, and does not disturb reclaim either.
-- :mod:`~mthp.linux.heat.young` measures the used part of each mapping. The pages look unused to reclaim until they are
-  used again.
+- :mod:`~mthp.linux.heat.young` measures the used part of each mapping. Its pages look unused to reclaim until used.
 
 Each measures until its time is over, or `stop` returns True. A source uses at most :data:`MAX_SHARE` of one processor:
 the intervals between two samples grow until that is so.
@@ -97,8 +96,7 @@ def pmd_pieces(segments: list[Segment], size: int, most: int) -> tuple[NDArray[n
 def rounds(seconds: float, stop: Stop) -> Iterator[None]:
     """Yield after every round in which the target may use its memory; the caller then reads all pages.
 
-    A round is long enough to keep the processor time of this process, and of the kernel on its behalf, below
-    :data:`MAX_SHARE`.
+    A round is long enough to keep the processor time of this process, and of the kernel for it, at :data:`MAX_SHARE`.
     """
     end, length = time.monotonic() + seconds, min(ROUND_SECONDS, seconds)
     while True:
@@ -109,8 +107,7 @@ def rounds(seconds: float, stop: Stop) -> Iterator[None]:
         yield
         if stop():
             return
-        # The round before the next read is long enough for the read that was just made; a short one does not shorten it
-        # again.
+        # The next round is long enough for the read that was just made; a short one does not shorten it again.
         length = max(length, (time.process_time() - begin) / MAX_SHARE)
 
 

@@ -145,8 +145,7 @@ class Damon:
     def _set_up(self, space: ProcessSpace, operations: str, segments: list[Segment]) -> float:
         """Set everything up and turn it on; return the seconds between two samples."""
         start, end = pmd_pieces(segments, space.geometry.pmd_size, MOST_PIECES)
-        # Each sample checks every region once, so the cost of a second grows with the regions and falls with the
-        # interval.
+        # Each sample checks every region once: the cost of a second grows with them, and falls with the interval.
         sample = CHECK_SECONDS[operations] * len(start) / MAX_SHARE
         sample = min(max(sample, SHORTEST_SAMPLE), LONGEST_SAMPLE)
         self._set_intervals(sample)

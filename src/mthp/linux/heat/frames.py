@@ -63,8 +63,7 @@ def frame_segments(frames: Frames, page_size: int, most: int) -> list[Segment]:
     ordered = np.unique(frames.frame)
     gaps = np.diff(ordered)
     least = np.uint64(GAP_FRAMES)
-    # Every segment is a region to sample: bridge all but the largest gaps, although frames of others are then sampled,
-    # too.
+    # Every segment is a region to sample: bridge all but the largest gaps, although others' frames are sampled too.
     if np.count_nonzero(gaps > least) >= most:
         least = np.partition(gaps, -most)[-most]
     breaks = np.flatnonzero(gaps > least) + 1

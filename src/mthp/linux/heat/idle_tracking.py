@@ -1,8 +1,7 @@
 """Measure accesses by idle page tracking (Documentation/admin-guide/mm/idle_page_tracking.rst).
 
 A page is marked idle; an access removes the mark. Reclaim is not misled, because the kernel records the young bits that
-it clears (page_idle_clear_pte_refs_one(), mm/page_idle.c). Each round checks a few pages of each PMD range, other ones
-than the round before.
+it clears (page_idle_clear_pte_refs_one(), mm/page_idle.c). Each round checks a few other pages of each PMD range.
 """
 
 from __future__ import annotations

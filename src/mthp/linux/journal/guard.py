@@ -112,8 +112,7 @@ class Guard:
             # Not a fork: one of a process with threads may hold their locks for ever, a large one costs page tables.
             self._parent = os.posix_spawn(
                 python,
-                # Isolated and without site: it starts quickly, and neither the environment nor the user's packages have
-                # a say.
+                # Isolated and without site: it starts quickly, whatever the environment and the user's packages are.
                 [python, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)],
                 environment,
                 file_actions=actions,

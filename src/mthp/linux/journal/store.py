@@ -165,8 +165,7 @@ class JournalFiles:
             if create:
                 with contextlib.suppress(FileExistsError):
                     root.mkdir(0o700, parents=True)
-            # Files are opened relative to the directory that was checked, never through a symbolic link: root writes to
-            # them.
+            # Files are opened relative to the checked directory, never through a symbolic link: root writes to them.
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             status = os.fstat(self._directory)
             # Another user could exchange the journal, and so have root set switches.

@@ -174,8 +174,7 @@ class SwitchJournal:
                     f"{path} is {change.was}, would have to be {change.ours}, and may not be written",
                     help=f"run as root with /sys mounted read-write, or have root do it: echo {change.ours} > {path}",
                 )
-        # Root takes the lock even where nothing is to be written: another process's window may change the switches
-        # meanwhile.
+        # Root takes the lock even to write nothing: another process's window may change the switches meanwhile.
         return bool(wanted) or os.geteuid() == 0
 
     def restore_after_crash(self) -> list[Restored]:

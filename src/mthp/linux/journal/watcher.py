@@ -2,8 +2,7 @@
 
 :mod:`mthp.linux.journal.guard` starts it as ``python -I -S -c ...`` with a session of its own and all signals blocked,
 so that the end of the owner's process group or terminal does not end the watcher. Its standard input is a pidfd of the
-owner; its standard output is a pipe to which it writes its PID when it is ready, and its end informs the owner
-that the watcher is gone.
+owner; its standard output is a pipe to the owner, to which it writes its PID when it is ready, and which ends with it.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ class Watcher:
             return self._idle >= IDLE_TICKS and self._retire()
         self._idle = 0
         with contextlib.suppress(MthpError):
-            # The lock is free although there are entries: the owner has replaced itself by execve(2), which closes its
-            # files.
+            # There are entries, and the lock is free: the owner has called execve(2), which closes its files.
             if self._settle():
                 return False
         # A stopped owner holds the lock, so its switches are put back without it.

@@ -133,8 +133,7 @@ class FrozenProcess(ProcessMemory):
     def _unstopped(self) -> list[int]:
         """Return the threads that may still run or write: all that were not stopped, less the dead."""
         standing = len(self.tracees)
-        # One stat(2) for the whole list of threads. It counts exiting and dead threads too, so nothing still runs or
-        # writes.
+        # One stat(2) for all threads. It counts exiting and dead ones too, so nothing still runs or writes.
         if standing and thread_count(self.process) == standing:
             return []
         return [tid for tid in task_ids(self.process) if tid not in self.threads]
@@ -164,8 +163,7 @@ class FrozenProcess(ProcessMemory):
         Raises:
             CannotStopError, NotPermittedError: the thread is not exiting.
         """
-        # Until it has released the memory it writes there: clear_child_tid and its robust list (exit_mm_release,
-        # kernel/fork.c).
+        # Until it releases the memory it writes there: clear_child_tid, robust list (exit_mm_release, kernel/fork.c).
         text = read_task_file(self.process, tid, "status")
         thread = Thread.parse(tid, text) if text else None
         if thread is None or thread.state in _DYING or not _has_memory(self.process, tid):
@@ -221,8 +219,7 @@ class FrozenProcess(ProcessMemory):
             still = []
             for index, tid in enumerate(waiting):
                 stop = stops[index] if stops else self.poll(tid) or 0
-                # With SIGTRAP for PTRACE_INTERRUPT, with a stopping signal where the whole group is stopped
-                # (do_jobctl_trap).
+                # With SIGTRAP for PTRACE_INTERRUPT, with a stopping signal in a stopped group (do_jobctl_trap).
                 if stop >> 8 == ptrace.PTRACE_EVENT_STOP:
                     self.threads[tid].has_stopped()
                 elif stop:
@@ -338,8 +335,7 @@ class FrozenProcess(ProcessMemory):
                     reached(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
-        # Only reaped: a thread that has not stopped cannot be detached (ESRCH, ptrace(2)), and the end of the tracing
-        # thread releases it.
+        # Only reaped: one that has not stopped cannot be detached (ESRCH, ptrace(2)); our thread's end releases it.
         for tid in [tid for tid, tracee in self.threads.items() if tracee.state is TraceeState.SEIZED]:
             self.has_exited(tid)
         self.threads.clear()

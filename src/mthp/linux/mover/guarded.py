@@ -17,8 +17,7 @@ waits in its page fault, and goes on when the page is back. For each block, one 
 6. The waiting threads are woken, and find the page.
 
 Machine code does these steps (``guarded_x86_64.S``, kept as bytes below). It touches nothing but registers, the stack
-and memory made for it. C code that forks without Python must not do so meanwhile; starting programs (vfork,
-posix_spawn) is harmless.
+and memory made for it. C code must not fork without Python meanwhile; vfork and posix_spawn are harmless.
 """
 
 from __future__ import annotations
@@ -121,8 +120,7 @@ class BlockGuard(Hold):
     """A hold on blocks of this process: threads that touch them wait.
 
     Args:
-        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Otherwise
-            only the kernel may.
+        guarded: whether other threads, also in system calls, may use the memory meanwhile; otherwise only the kernel.
     """
 
     waived = frozenset(("itself", "init", "ancestor", "traced", "threads", "vfork", "uninterruptible")) | {
@@ -240,9 +238,8 @@ class OwnMover(Closing):
         words[:] = len(addresses), self._fd, self._away, self._place, self._table + ARGUMENTS_BYTES
         while words[0]:
             with interruptions_held_back():
-                # Not in Python: another thread may hold the interpreter's lock while it waits for the block, and would
-                # wait for ever. The block may also hold the interpreter's own objects, even the list of blocks. ctypes
-                # releases the lock.
+                # Not in Python: this thread would wait for ever for one that waits for the block with the interpreter's
+                # lock, which ctypes releases. And the block may hold the interpreter's objects, even its list.
                 with _undisturbed():
                     answer = _function()(self._table)
                 # Record at once that these must not be unmapped or closed any more.

@@ -6,8 +6,7 @@ code that needs no tracer makes the calls, the *boot code* (``arch/boot_*.S``). 
 registers as data, into the padding behind the target's code (:mod:`~mthp.linux.mover.padding`); then one
 PTRACE_SETREGSET sends the thread there. From then on the thread restores itself without help, and the tracer only
 watches words of its memory. Before the last call, munmap, the thread waits for the tracer to write the stub, and goes
-there; at the end of the window it comes back for that call. A window leaves nothing in the target but a private copy of
-that page of code.
+there; at the end of the window it comes back for that call. A window leaves only a private copy of that page of code.
 """
 
 from __future__ import annotations
@@ -210,8 +209,7 @@ def choose(frozen: FrozenProcess) -> Tracee:
     pid, tracees = frozen.process.pid, list(frozen.tracees.values())
     # With other registers a thread goes on at the abort handler, and begins its sequence again.
     chosen = next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
-    # A thread can have a table of its own (unshare(CLONE_FILES)), which another process may share and use in the
-    # window.
+    # A thread can have a table of its own (unshare(CLONE_FILES)), which another process may share and use.
     if chosen.tid != pid and kcmp(pid, chosen.tid, KCMP_FILES) not in (0, None):
         return frozen.tracees.get(pid, chosen)
     return chosen

@@ -87,8 +87,7 @@ class _Batch:
 
     def give_up(self, blocks: Sequence[Block], error: MthpError) -> None:
         """Set the outcome for `error` for those of `blocks` without one."""
-        # The target may exit in the middle: the blocks done before keep their outcomes, and only the rest gets this
-        # one.
+        # The target may exit in the middle: the blocks done before keep their outcomes.
         result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
         reason = f"{error.message} ({error.help})" if error.help else error.message
         passing = isinstance(error, CannotStopError)
@@ -162,8 +161,7 @@ class Mover(Closing):
                 with self._journal.only(order, off=self._hold.too_large(order)), self._hold.ready(order):
                     self._move(blocks, batch, before)
             except MthpError as error:
-                # Nothing was moved, so the caller gets the error itself; otherwise the blocks that were moved must be
-                # reported.
+                # Nothing was moved, so the caller gets the error itself; blocks that were moved must be reported.
                 if not batch.done:
                     raise
                 batch.give_up(blocks, error)
@@ -171,8 +169,7 @@ class Mover(Closing):
     def _check(self, batch: _Batch, entries: PteColumns) -> Before:
         """Record the outcomes of refused blocks; return the data that the other blocks were checked by."""
         blocks = batch.open
-        # Before the mappings are read: if there is no userfaultfd now nor after the stop, none of them was registered
-        # between.
+        # Before the mappings are read: without a userfaultfd now and after the stop, none was registered between.
         uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
         verdicts = refuse_blocks(

@@ -69,8 +69,7 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     """
     layout, worker = injection.layout, injection.worker
     try:
-        # The worker changes SETUP to GO, atomically, and a thread that gives up changes SETUP to ABORT: only one of
-        # them can.
+        # The worker changes SETUP to GO, a thread that gives up changes it to ABORT, atomically: only one can.
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         reached(Step.RUNNING)
         # Polling interrupts the worker where both share a processor.

@@ -117,8 +117,7 @@ class Recheck(Closing):
         newest = last_pid()
         if new_sharer(self._process.pid, before.last_pid, newest):
             return Objection(ScanResult.FAIL, "another process shares its memory or files now (CLONE_VM, CLONE_FILES)")
-        # Not compared again in later windows: only a process that shares an address space can make another one share
-        # it.
+        # Not compared again in later windows: only a sharer of an address space can make another one share it.
         before.last_pid = newest
         # With too many files to look through in a window, the answer from before the stop counts.
         if not before.has_userfaultfd and has_userfaultfd(self._process, at_most=MAX_FILES):

@@ -8,8 +8,7 @@ that are stopped for the whole window do not leave that visit. But the thread th
 with a signal pending, it would run the handler as if it had not been waiting, and then begin to wait. A thread that
 waits for that very signal, in pause(2) or in a read(2) with an alarm, would then wait for ever.
 
-So such a thread, back at its instruction, is led into the call first, and is released at its entry. From there on the
-kernel decides as usual.
+So such a thread, back at its instruction, is led into the call first and released there: the kernel decides as usual.
 """
 
 from __future__ import annotations

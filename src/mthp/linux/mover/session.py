@@ -54,9 +54,8 @@ def in_tracing_thread(operation: Callable[[], _T]) -> _T:
     # An interruption while the thread is being started may leave it unknown to the executor, which then would not wait
     # for its end. So it begins only with this permission.
     begin: SimpleQueue[bool] = SimpleQueue()
-    # A tracer is a thread, and its end releases all its tracees (exit_ptrace, kernel/ptrace.c): also those that never
-    # stopped, which PTRACE_DETACH refuses. And Python raises KeyboardInterrupt in the main thread only, which waits
-    # here.
+    # A tracer is a thread, and its end releases all its tracees (exit_ptrace, kernel/ptrace.c), also those that never
+    # stopped, which PTRACE_DETACH refuses. And Python raises KeyboardInterrupt in the main thread, which waits here.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
         try:
             future = executor.submit(lambda: operation() if begin.get() else None)

@@ -26,8 +26,7 @@ from mthp.linux.mover.arch.architecture import Architecture, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 
-# SETUP becomes GO when the worker begins, and GO becomes DONE after all blocks; without a tracer for half a second
-# SETUP becomes ABORT.
+# SETUP becomes GO when the worker begins, and then DONE; or ABORT after half a second without a tracer.
 SETUP, GO, DONE, ABORT = range(4)
 """States of the header: set-up by the tracer, work, finished, abandoned before any work."""
 

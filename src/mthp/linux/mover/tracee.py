@@ -102,8 +102,7 @@ class Stopped:
         self._wait = Calls(len(self.tids))
         self._wait.table[:, 0], self._wait.table[:, 1] = self.machine.calls["waitid"], os.P_PID
         self._wait.table[:, 2], self._wait.table[:, 3] = self._numbers, at(self._siginfos)
-        # The kernel writes a status of 0 where there is nothing to report (waitid, kernel/exit.c), over that of the
-        # last time.
+        # Where there is nothing to report the kernel writes a status of 0 (waitid, kernel/exit.c), over the last one.
         self._wait.table[:, 4] = os.WSTOPPED | os.WNOHANG | WALL
 
     def _table(self, *requests: tuple[int, int, int | NDArray[np.uint64]]) -> Calls:
@@ -348,8 +347,7 @@ class Tracee:
 def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArray[np.uint64]:
     """Return the abort handler of each thread's restartable sequence, 0 if none: uint64, shape (threads,).
 
-    The layout is that of include/uapi/linux/rseq.h. A thread in a system call is in no sequence, because a sequence
-    must not contain a call.
+    The layout is that of include/uapi/linux/rseq.h. A sequence contains no system call, so a thread in one is in none.
     """
     aborts = np.zeros(len(stopped.tids), np.uint64)
     rows = np.flatnonzero((stopped.rseq_areas != 0) & ~stopped.machine.in_call(stopped.registers))

@@ -163,8 +163,7 @@ def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
 def split_ability(geometry: Geometry) -> SplitAbility:
     """Return the abilities of this kernel for these rights; at the first call it takes some milliseconds to find them.
 
-    They are found on memory of this process, which is mapped for it and released, and by frame numbers, without which
-    no split can be seen.
+    They are found on memory of this process, which is released, and by frame numbers, which alone show a split.
     """
     error, file = 0, None
     try:

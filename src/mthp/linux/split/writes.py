@@ -77,8 +77,7 @@ class SplitWrites:
         if largest == 0:
             return SplitWrite(Part(part.offset, 0), None, [])
         mixed = self._smallest[number] != largest
-        # For one block of 64K in 2M: 6 writes instead of 32, because each half on the way stays whole until one write
-        # splits it.
+        # For one block of 64K in 2M: 6 writes instead of 32, because each half on the way is split by one write.
         if self._offset and mixed and self._way(number)[0] < self._equal(number)[0]:
             return self._around(number)
         _, order = self._equal(number)

@@ -5,8 +5,7 @@ the process may have gone on since. So blocks are checked twice: before the thre
 stop, and after it, when the process can no longer change the answer.
 
 The kernel uses three kinds of memory inside an otherwise ordinary mapping on behalf of a thread, also while that thread
-is stopped: rseq areas, robust lists and the memory below the stack pointer. A block that holds one of them is not
-moved.
+is stopped: rseq areas, robust lists and the memory below the stack pointer. A block that holds one is not moved.
 """
 
 from __future__ import annotations
@@ -153,8 +152,7 @@ def refuse_blocks(
 ) -> NDArray[np.uint8]:
     """Check blocks, and return the refusal of each.
 
-    Pages freed with MADV_FREE are not refused: moving them is as right as writing to them would be. The plan decides
-    whether it is wanted.
+    Pages freed with MADV_FREE are not refused: moving is as right as writing to them. The plan decides what is wanted.
 
     Args:
         columns: the page table entries around the blocks; segments in any order, not overlapping.

@@ -66,8 +66,7 @@ def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
         for name in names:
             try:
                 link = os.readlink(name, dir_fd=handle)
-                # Only paths can be devices: the others (`socket:[1]`, `anon_inode:...`) have no device number worth a
-                # system call.
+                # Only paths can be devices: `socket:[1]` and `anon_inode:...` have no number worth a system call.
                 files.append((link, _device(name, handle) if link.startswith("/") else 0))
             except FileNotFoundError:
                 continue
