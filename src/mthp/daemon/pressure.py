@@ -204,5 +204,4 @@ def raise_open_files_limit() -> None:
 
 def memory_used() -> int:
     """Return the resident bytes of this process."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGESIZE")

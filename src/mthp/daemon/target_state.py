@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterable
@@ -62,13 +63,11 @@ class HeatKeeper:
     """The heat of one process.
 
     Attributes:
-        heat: last measurement; None if there is none.
-        failed: reason for which the last measurement failed; ``""`` otherwise.
+        heat: last measurement; None if there is none, or if it failed.
     """
 
     def __init__(self, environment: Environment, pid: int) -> None:
         self.heat: Heat | None = None
-        self.failed = ""
         self._environment, self._pid = environment, pid
         self._thread: threading.Thread | None = None
         self._at = -math.inf
@@ -96,12 +95,9 @@ class HeatKeeper:
         return False
 
     def _measure(self, request: HeatRequest) -> None:
-        self.heat, self.failed = None, ""
-        try:
-            with self._environment.opened(self._pid) as space:
-                self.heat = heat_of(space, request, lambda: self._closed or self._environment.stopping())
-        except MthpError as error:
-            self.failed = error.message
+        self.heat = None
+        with contextlib.suppress(MthpError), self._environment.opened(self._pid) as space:
+            self.heat = heat_of(space, request, lambda: self._closed or self._environment.stopping())
 
     def close(self) -> None:
         """End a measurement as soon as possible."""

@@ -150,8 +150,7 @@ class FactsReader:
 
 
 def _uid(directory: str) -> int:
-    with open(f"{directory}/status", "rb") as file:
-        return int(status_fields(file.read()).get("Uid", "-1").split()[0])
+    return int(status_fields(Path(f"{directory}/status").read_bytes()).get("Uid", "-1").split()[0])
 
 
 def _exe(directory: str) -> str:

@@ -166,6 +166,7 @@ class Process(Closing):
         """Return a new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
 
         Raises:
+            TargetVanishedError, NotPermittedError: it is gone, or belongs to another user.
             UnsupportedError: this kernel has no such file.
         """
         try:
@@ -174,11 +175,7 @@ class Process(Closing):
             self.fail(error, f"/proc/{self.pid}/{name}")
 
     def read(self, name: str) -> bytes:
-        """Return the whole of ``/proc/PID/<name>``, for files that are small.
-
-        Raises:
-            TargetVanishedError, NotPermittedError, UnsupportedError: as :meth:`open`.
-        """
+        """Return the whole of ``/proc/PID/<name>``, for files that are small; raise as :meth:`open` does."""
         fd = self.open(name)
         parts = []
         try:
@@ -191,11 +188,7 @@ class Process(Closing):
         return b"".join(parts)
 
     def write(self, name: str, text: bytes) -> None:
-        """Write `text` to ``/proc/PID/<name>``.
-
-        Raises:
-            TargetVanishedError, NotPermittedError, UnsupportedError: as :meth:`open`.
-        """
+        """Write `text` to ``/proc/PID/<name>``; raise as :meth:`open` does."""
         try:
             fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._directory)
             try:

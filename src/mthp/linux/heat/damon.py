@@ -201,10 +201,11 @@ class Damon:
         return parts, cpu + time.process_time() - begun, took
 
     def _tried(self) -> Regions:
-        rows = []
-        for region in (self._context / "schemes/0/tried_regions").iterdir():
-            if region.name.isdecimal():
-                rows.append([int((region / name).read_text()) for name in ("start", "end", "nr_accesses")])
+        rows = [
+            [int((region / name).read_text()) for name in ("start", "end", "nr_accesses")]
+            for region in (self._context / "schemes/0/tried_regions").iterdir()
+            if region.name.isdecimal()
+        ]
         return np.array(rows, np.uint64).reshape(-1, 3)
 
     def _write(self, name: str, text: str) -> None:

@@ -40,6 +40,10 @@ _numbers = itertools.count()
 class SwitchJournal:
     """A setter of switches for a limited time. Threads may share one.
 
+    Methods raise UnsupportedError if this kernel lacks a switch, or this user a runtime directory; NotPermittedError if
+    these rights cannot set switches, or the journal's directory has another owner; and MthpError if another process
+    does not finish its window in time.
+
     Args:
         root: directory of the journal; :func:`default_root` if not given.
         sysfs: the THP directory; the system's if not given.
@@ -72,11 +76,6 @@ class SwitchJournal:
         Args:
             order: its size's switch is set to ``always``, the switches of all others that are on to ``never``.
             off: the orders that have to be off, if not all others: those with folios that would fit as well.
-
-        Raises:
-            UnsupportedError: this kernel has no switch for that size.
-            NotPermittedError: these rights cannot set switches, or the journal's directory has another owner.
-            MthpError: another process did not finish its window in time.
         """
         return self._window(lambda: self._wanted(order, off))
 
@@ -85,10 +84,6 @@ class SwitchJournal:
 
         Args:
             wanted: words by path below the THP directory, such as ``"khugepaged/pages_to_scan"``.
-
-        Raises:
-            UnsupportedError: this kernel lacks one of them.
-            NotPermittedError, MthpError: as :meth:`only`.
         """
         return self._window(lambda: self._differing(wanted))
 
@@ -98,7 +93,7 @@ class SwitchJournal:
         Windows of any process may open and close meanwhile.
 
         Raises:
-            UnsupportedError, NotPermittedError, MthpError: as :meth:`settings`; or another process keeps one of them.
+            MthpError: another process keeps one of them.
         """
         with self._turn, interruptions_held_back():
             if not self._may_have_to_write(self._differing(wanted)):
@@ -119,11 +114,7 @@ class SwitchJournal:
                 self._close()
 
     def release(self) -> list[Restored]:
-        """Put back all that this process keeps; return the results.
-
-        Raises:
-            NotPermittedError, MthpError: as :meth:`settings`.
-        """
+        """Put back all that this process keeps; return the results."""
         with self._turn, interruptions_held_back():
             self._open(create=True)
             try:
@@ -178,15 +169,7 @@ class SwitchJournal:
         return bool(wanted) or os.geteuid() == 0
 
     def restore_after_crash(self) -> list[Restored]:
-        """Put back the changes of a run that was killed in its window. Waits for open windows.
-
-        Returns:
-            The result for each switch that it had changed; empty if there was nothing to do.
-
-        Raises:
-            NotPermittedError: these rights are not sufficient, or the journal's directory has another owner.
-            MthpError: another process did not finish its window in time.
-        """
+        """Put back the changes of a run that was killed in its window; return the results. Waits for open windows."""
         with self._turn, interruptions_held_back():
             # A window of this process has put back all leftovers when it was opened.
             if self._files is not None or not (self._root or default_root()).exists():
@@ -197,12 +180,7 @@ class SwitchJournal:
 
     @classmethod
     def restore_all(cls) -> list[Restored]:
-        """Do :meth:`restore_after_crash` for every journal of this user.
-
-        Raises:
-            UnsupportedError: there is no runtime directory.
-            NotPermittedError, MthpError: as :meth:`restore_after_crash`.
-        """
+        """Do :meth:`restore_after_crash` for every journal of this user."""
         return [restored for root in all_roots() for restored in cls(root).restore_after_crash()]
 
     def _open(self, *, create: bool) -> list[Restored]:

@@ -38,7 +38,7 @@ class RemoteError(OSError):
 
 
 class BootedThread:
-    """A thread of a stopped target that runs the boot code.
+    """A thread of a stopped target that runs the boot code. Methods raise OSError with ESRCH if it was killed.
 
     Args:
         slot: address of the padding that it runs in.
@@ -65,11 +65,7 @@ class BootedThread:
         return self._slot + self._machine.boot_unmap
 
     def start(self) -> None:
-        """Start the thread. It blocks all signals itself, in case the tracer dies before it can do so.
-
-        Raises:
-            OSError: ESRCH if the thread was killed.
-        """
+        """Start the thread. It blocks all signals itself, in case the tracer dies before it can do so."""
         self._jump(self._machine.boot_entry)
         reached(Step.BOOTED)
         # If the tracer dies before this line, the code blocks the signals itself from its first instruction on.
@@ -142,11 +138,7 @@ class BootedThread:
         return int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, column])
 
     def put_back(self) -> None:
-        """Restore the thread, which is stopped, exactly, and make the padding zero again.
-
-        Raises:
-            OSError: ESRCH, the target was killed.
-        """
+        """Restore the thread, which is stopped, exactly, and make the padding zero again."""
         self.tracee.put_back()
         # Last, because the thread was inside until its registers were its own.
         self._frozen.write(self._slot, bytes(self._machine.slot_bytes))

@@ -45,7 +45,7 @@ class CannotStopError(UnsupportedError):
 
 
 class Stopped:
-    """Threads that are stopped together.
+    """Threads that are stopped together. Methods raise OSError with ESRCH if one was killed.
 
     Args:
         tids: numbers of the threads; at least one.
@@ -143,7 +143,6 @@ class Stopped:
 
         Raises:
             CannotStopError: one must not run injected code.
-            OSError: ESRCH if one was killed.
         """
         threads, machine = len(self.tids), self.machine
         # Old values must not pass for new results.
@@ -192,11 +191,7 @@ class Stopped:
             self.homes[aborted] = changed
 
     def park(self, registers: Registers, but: int) -> None:
-        """Set the registers of all threads but the one in row `but`, and only then have them block all signals.
-
-        Raises:
-            OSError: ESRCH if one was killed.
-        """
+        """Set the registers of all threads but the one in row `but`, and only then have them block all signals."""
         self._parked[:] = registers
         self._park.results[:] = 0
         # In between a thread may run a handler, but within the loop, which blocks the signals itself. The other way
@@ -334,11 +329,7 @@ class Tracee:
         return self.stopped.homes[self.row : self.row + 1]
 
     def put_back(self) -> None:
-        """Restore mask and registers, as :meth:`Stopped.put_back` does for all.
-
-        Raises:
-            OSError: ESRCH if it was killed.
-        """
+        """Restore mask and registers, as :meth:`Stopped.put_back` does for all; OSError with ESRCH if it was killed."""
         ptrace.set_signal_mask(self.tid, int(self.stopped.masks[self.row]))
         ptrace.set_registers(self.tid, self.home)
         self.is_put_back()
