@@ -158,11 +158,7 @@ class Keeping:
             self._loop.after("keep", RETRY_SECONDS, lambda: self.keep(self._wanted))
 
     def _set(self, number: int) -> None:
-        """Set the tunable.
-
-        Raises:
-            MthpError: another process keeps it, or does not finish its window in time.
-        """
+        """Set the tunable; raise MthpError if another process keeps it, or does not finish its window in time."""
         # The files may have changed since the worker last read them.
         self._knobs.refresh()
         was = self._knobs.max_ptes_none

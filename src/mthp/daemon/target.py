@@ -206,11 +206,7 @@ class Target:
         self.next_at = self._environment.clock()
 
     def step(self) -> None:
-        """Do one piece of work, and set `next_at`.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Do one piece of work, and set `next_at`; raise TargetVanishedError if the process is gone."""
         try:
             if reason := self._held_back():
                 self.end_pass()
@@ -248,11 +244,7 @@ class Target:
     # Giving back.
 
     def trim(self) -> None:
-        """Give back pages of zeroes, and set `trim_at`.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Give back pages of zeroes, and set `trim_at`; raise TargetVanishedError if the process is gone."""
         share = self.settings.trim
         assert share is not None, "only a process of a rule with trim is trimmed"
         begun = self._environment.clock()

@@ -125,11 +125,7 @@ _MOST_VECTORS = os.sysconf("SC_IOV_MAX")
 
 
 def madvise(address: int, length: int, advice: int) -> int:
-    """Call ``madvise(2)`` on this process.
-
-    Returns:
-        0, or errno.
-    """
+    """Call ``madvise(2)`` on this process; return 0, or errno."""
     return ctypes.get_errno() if _libc.madvise(address, length, advice) else 0
 
 
@@ -156,13 +152,10 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
 
 
 def enter_namespace(fd: int, kind: int) -> int:
-    """Have only this thread enter the namespace that `fd` refers to, by setns(2).
+    """Have only this thread enter the namespace that `fd` refers to, by setns(2); return 0, or errno.
 
     Args:
         kind: ``CLONE_NEW*``.
-
-    Returns:
-        0, or errno.
     """
     return ctypes.get_errno() if _libc.setns(fd, kind) else 0
 

@@ -23,11 +23,7 @@ _BUFFER = re.compile(r"^\s*[0-9]+: 0x([0-9a-f]+)/([0-9]+)", re.MULTILINE)
 
 
 def pinned_by(process: Process, vma: Vma | None) -> list[str]:
-    """Return the holders of pages of a mapping, or of the whole process, each as a sentence.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return the holders of pages of a mapping, or of the whole process, each as a sentence."""
     meaning = f"{ScanResult.PAGE_COUNT.name}: {ScanResult.PAGE_COUNT.meaning}"
     found = [
         f"{meaning}: io_uring has registered {format_size(end - start)} at {start:#x}"

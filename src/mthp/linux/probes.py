@@ -91,11 +91,7 @@ def probe(geometry: Geometry) -> Probed:
 
 
 def probe_collapse(geometry: Geometry) -> int:
-    """Collapse one PMD range of fresh memory, in which one page was written, and release it.
-
-    Returns:
-        0, or the errno of the step that failed.
-    """
+    """Collapse one PMD range of fresh memory with one page written, and release it; return 0, or errno."""
     try:
         memory = mmap.mmap(-1, 2 * geometry.pmd_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -148,11 +148,7 @@ class Process(Closing):
             self._vanished()
 
     def check_memory(self) -> None:
-        """Do nothing if it still has an address space, which an exiting process gives up before it is gone.
-
-        Raises:
-            TargetVanishedError: it has exited, or is about to.
-        """
+        """Raise TargetVanishedError if it has no address space any more: it has exited, or is about to."""
         self.check_alive()
         if self._is_exiting():
             self._vanished()

@@ -85,11 +85,7 @@ def write_instance(kdamonds: Path, word: str) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file of sysfs; repeat it while the file is busy, as DAMON's may be.
-
-    Raises:
-        OSError: the kernel refuses it.
-    """
+    """Write a file of sysfs, again while it is busy, as DAMON's may be; raise OSError if the kernel refuses it."""
     begin = time.monotonic()
     while True:
         try:

@@ -58,9 +58,6 @@ def all_roots() -> tuple[Path, ...]:
     """Return the directories of all journals of this user: :func:`default_root`, and below it that of DAMON.
 
     A window for measuring accesses takes seconds, and must not delay changes of switches.
-
-    Raises:
-        UnsupportedError: as :func:`default_root`.
     """
     return default_root(), default_root() / INSTANCE
 

@@ -89,13 +89,17 @@ def outcomes_of(
         if is_left:
             left.append((address, order))
             continue
-        result, reason = result_of_move(errno), reason_of_move(errno)
-        if was_hashed and not is_same:
-            result, reason = ScanResult.FAIL, "its bytes changed: end the target"
         verified = is_same if was_hashed else None
         copied = (moved_bytes << order) // its_size
-        outcomes.append(BlockOutcome(address, order, result, reason, copied, 0, elapsed_ns, errno, verified=verified))
+        outcomes.append(_outcome((address, order), errno, copied, elapsed_ns, verified))
     return outcomes, left
+
+
+def _outcome(block: Block, errno: int, copied: int, elapsed_ns: int, verified: bool | None) -> BlockOutcome:
+    result, reason = result_of_move(errno), reason_of_move(errno)
+    if verified is False:
+        result, reason = ScanResult.FAIL, "its bytes changed: end the target"
+    return BlockOutcome(*block, result, reason, copied, 0, elapsed_ns, errno, verified=verified)
 
 
 def taken(begun: NDArray[np.void], ended: NDArray[np.void]) -> _Int64s:

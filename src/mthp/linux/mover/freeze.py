@@ -49,6 +49,8 @@ _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 class FrozenProcess(ProcessMemory):
     """A process with all threads stopped, from :meth:`stop` to :meth:`release`.
 
+    Methods that wait for a thread to stop raise CannotStopError if it does not in time.
+
     Call all methods from one thread; when that thread ends, the kernel releases the process.
 
     Args:
@@ -233,11 +235,7 @@ class FrozenProcess(ProcessMemory):
             waiting, stops = still, None
 
     def stop_again(self, tid: int) -> bool:
-        """Stop a thread that was resumed meanwhile; return False if it exited.
-
-        Raises:
-            CannotStopError: the time is up.
-        """
+        """Stop a thread that was resumed meanwhile; return False if it exited."""
         ptrace.interrupt(tid)
         self._begin_to_wait(self.worker_timeout_ns)
         self._await_our_stops([tid])
@@ -297,20 +295,12 @@ class FrozenProcess(ProcessMemory):
                 raise
 
     def check_thread(self, tid: int) -> None:
-        """Do nothing if a stopped thread, as it is now, may run injected code.
-
-        Raises:
-            CannotStopError: it must not.
-        """
+        """Raise CannotStopError if a stopped thread, as it is now, must not run injected code."""
         if text := read_task_file(self.process, tid, "status"):
             check_thread(self.process, Thread.parse(tid, text))
 
     def examine_again(self, tid: int) -> None:
-        """Read the state of a thread that has just stopped and runs code of its own.
-
-        Raises:
-            CannotStopError: it must not run injected code.
-        """
+        """Read the state of a thread that has just stopped; raise CannotStopError if it must not run injected code."""
         alone = Stopped(self.machine, [tid])
         alone.examine(self.process.label, self.read, self.read_words)
         self.threads[tid] = Tracee(tid, TraceeState.STOPPED)

@@ -51,11 +51,7 @@ class Padding:
 
 
 def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
-    """Return the paddings of a process that have room for a slot, the largest first.
-
-    Raises:
-        UnsupportedError: there are none.
-    """
+    """Return the paddings of a process with room for a slot, the largest first; raise UnsupportedError without any."""
     mappings = read_mappings(process)
     addresses = _loaded_at(process)
     # A plugin could be unloaded while a thread that lost its tracer is still inside.

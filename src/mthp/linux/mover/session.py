@@ -165,11 +165,7 @@ class MoverSession(Hold):
         self._populate_first = has_protection_keys()
 
     def limit(self, max_pause_ns: int, duty: float) -> None:
-        """Limit pauses to `max_pause_ns`, and to the share `duty` of the time, from now on.
-
-        Raises:
-            UsageError: out of range.
-        """
+        """Limit pauses to `max_pause_ns`, and to the share `duty` of the time; raise UsageError if out of range."""
         if max_pause_ns <= 0:
             raise UsageError(f"a pause of {max_pause_ns} ns is not above 0")
         if not 0 < duty <= 1:

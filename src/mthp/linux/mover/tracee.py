@@ -202,13 +202,8 @@ class Stopped:
         self._check(self._park, len(self._park.table))
 
     def put_back(self, but: int) -> list[int]:
-        """Restore the masks and registers of all threads but the one in row `but`.
-
-        Masks come first, because a thread that may run handlers then still runs only harmless code.
-
-        Returns:
-            The threads that were killed meanwhile.
-        """
+        """Restore masks and registers of all threads but the one in row `but`; return those that were killed."""
+        # Masks come first, because a thread that may run handlers then still runs only harmless code.
         self._restore.results[:] = 0
         for part, step in enumerate((None, Step.UNPARKED)):
             self._run(self._restore, part, step, range(but))

@@ -38,11 +38,7 @@ TRIALS = 3
 
 
 class SplitFile(Closing):
-    """The file, open for writing.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """The file, open for writing; OSError is raised if it cannot be opened."""
 
     def __init__(self, path: Path = SPLIT_FILE) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -111,11 +107,7 @@ class SplitAbility:
         return bool(self.orders and self.zeroes)
 
     def require_split(self) -> None:
-        """Do nothing if :attr:`splits`.
-
-        Raises:
-            NotPermittedError, UnsupportedError: the reason, and the remedy.
-        """
+        """Raise NotPermittedError or UnsupportedError, with the reason and the remedy, unless :attr:`splits`."""
         if self.splits:
             return
         reason, remedy = self.why_no_split()
@@ -123,11 +115,7 @@ class SplitAbility:
         raise kind(f"folios cannot be split in place here: {reason}", help=remedy)
 
     def require_cold(self) -> None:
-        """Do nothing if :attr:`cold`.
-
-        Raises:
-            UnsupportedError: the reason, and the remedy.
-        """
+        """Raise UnsupportedError, with the reason and the remedy, unless :attr:`cold`."""
         if not self.cold:
             reason = self.untried or "MADV_COLD does not split large folios and take back zeroes"
             raise UnsupportedError(f"large folios cannot be trimmed here: {reason}", help="Linux 6.12 or later")
@@ -225,11 +213,7 @@ class _Trial:
         self._geometry, self._pagemap, self._folios, self._forget = geometry, pagemap, folios, forget
 
     def collapse(self) -> None:
-        """Make one new PMD folio of it, with one page of contents.
-
-        Raises:
-            _UntriedError: the kernel refuses.
-        """
+        """Make one new PMD folio of it, with one page of contents; raise _UntriedError if the kernel refuses."""
         self._forget()
         ctypes.memset(self.start, 1, 1)
         error = abi.madvise(self.start, self._geometry.pmd_size, abi.MADV_COLLAPSE)
@@ -271,11 +255,7 @@ class _Trial:
 
 @contextmanager
 def _trial(geometry: Geometry) -> Iterator[_Trial]:
-    """Map memory for the trials.
-
-    Raises:
-        _UntriedError: frames cannot be seen, or there is no memory.
-    """
+    """Map memory for the trials; raise _UntriedError if there is none, or if frames cannot be seen."""
     try:
         folios = FolioReader(geometry.pmd_order)
     except OSError as error:

@@ -15,20 +15,12 @@ MACHINES: Mapping[str, type[Architecture]] = {"x86_64": X8664, "aarch64": Aarch6
 
 
 def by_name(name: str) -> Architecture:
-    """Return the machine with the ``uname -m`` name `name`.
-
-    Raises:
-        UnsupportedError: there is no stub for it.
-    """
+    """Return the machine with the ``uname -m`` name `name`; raise UnsupportedError if there is no stub for it."""
     if name not in MACHINES:
         raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")
     return MACHINES[name]()
 
 
 def native() -> Architecture:
-    """Return the machine that this program runs on.
-
-    Raises:
-        UnsupportedError: there is no stub for it.
-    """
+    """Return the machine that this program runs on; raise UnsupportedError if there is no stub for it."""
     return by_name(os.uname().machine)

@@ -150,7 +150,7 @@ def refuse_blocks(
     page_size: int,
     fill: bool = False,
 ) -> NDArray[np.uint8]:
-    """Check blocks, and return the refusal of each.
+    """Check blocks, and return the :class:`BlockRefusal` of each: uint8, shape (blocks,).
 
     Pages freed with MADV_FREE are not refused: moving is as right as writing to them. The plan decides what is wanted.
 
@@ -163,9 +163,6 @@ def refuse_blocks(
         vmas: the mappings, ascending.
         special: memory that the kernel uses.
         fill: whether holes and zero pages are to be filled.
-
-    Returns:
-        :class:`BlockRefusal` of each block: uint8, shape (blocks,).
     """
     verdict = np.zeros(len(addresses), np.uint8)
     if not len(addresses):

@@ -8,11 +8,7 @@ from mthp.linux.process import Process
 
 
 def check_threads(process: Process, threads: list[Thread]) -> dict[int, Thread]:
-    """Return `threads` by TID if all may run injected code.
-
-    Raises:
-        CannotStopError: one may not.
-    """
+    """Return `threads` by TID; raise CannotStopError if one must not run injected code."""
     for thread in threads:
         check_thread(process, thread)
     return {thread.tid: thread for thread in threads}
