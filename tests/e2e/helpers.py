@@ -46,7 +46,11 @@ def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> s
 
 
 def mthp_here(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, for refusals: most of their time would be the start of another."""
+    """Run the command line in this process.
+
+    Most of the time of a short command is the start of a process. Tests of what a process does as such (its memory, its
+    output, its end) take one of its own (:func:`mthp`).
+    """
     from mthp.cli import main  # an actor has this module without site-packages
 
     command = [str(argument) for argument in arguments]
@@ -57,12 +61,20 @@ def mthp_here(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def mthp_json(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:
     """Run the command line with --json, which must exit with `code`, and return its object."""
-    done = mthp(*arguments, "--json", **options)
+    return _checked_json(mthp(*arguments, "--json", **options), str(arguments[0]), code)
+
+
+def mthp_json_here(*arguments: object, code: int = 0) -> dict[str, Any]:
+    """Do the same in this process."""
+    return _checked_json(mthp_here(*arguments, "--json"), str(arguments[0]), code)
+
+
+def _checked_json(done: subprocess.CompletedProcess[str], command: str, code: int) -> dict[str, Any]:
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
     from schemas import check  # an actor has this module without site-packages
 
-    check(str(arguments[0]), answer)
+    check(command, answer)
     return answer
 
 

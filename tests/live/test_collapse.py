@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json
+from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp_here, mthp_json_here
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
@@ -90,7 +90,7 @@ def test_what_is_reported_is_what_smaps_says(actor: Actor) -> None:
     layout = Layout.of(actor)
     before = memory_of(actor.pid)
     assert layout.memory == Memory((FULL * PAGES + sum(SOME)) * PAGE_SIZE, 0, 0, 0)
-    report = mthp_json("collapse", actor.pid, *options())
+    report = mthp_json_here("collapse", actor.pid, *options())
     check_against_smaps(report, before, memory_of(actor.pid))
     size = (FULL + len(SOME)) * PMD_SIZE
     assert layout.memory == Memory(size, size, 0, 0)
@@ -102,7 +102,7 @@ def test_what_is_reported_is_what_smaps_says(actor: Actor) -> None:
     assert 0 < report["calls"]["p50_seconds"] <= report["calls"]["p99_seconds"] <= report["calls"]["max_seconds"]
     layout.check_contents()
 
-    again = mthp_json("collapse", actor.pid, *options())
+    again = mthp_json_here("collapse", actor.pid, *options())
     assert accounted(again) == planned(again) == again["collapsed_bytes"] == 0
     assert again["complete"]
     assert (again["nothing_left_to_do"], again["done_nothing"]) == (True, False)
@@ -113,12 +113,12 @@ def test_what_is_reported_is_what_smaps_says(actor: Actor) -> None:
 def test_a_dry_run_changes_nothing(actor: Actor) -> None:
     layout = Layout.of(actor)
     before = memory_of(actor.pid)
-    report = mthp_json("collapse", actor.pid, *options("--dry-run"))
+    report = mthp_json_here("collapse", actor.pid, *options("--dry-run"))
     assert memory_of(actor.pid) == before
     assert report["dry_run"]
     assert report["collapsed_bytes"] == 0
     assert planned(report) >= FULL + len(SOME)
-    plan = mthp_json("plan", actor.pid, *PLANNED)
+    plan = mthp_json_here("plan", actor.pid, *PLANNED)
     assert {key: plan[key] for key in report["plan"]} == report["plan"]
     layout.check_contents()
 
@@ -126,7 +126,7 @@ def test_a_dry_run_changes_nothing(actor: Actor) -> None:
 def test_a_budget_of_nothing_takes_what_is_full(actor: Actor) -> None:
     layout = Layout.of(actor)
     before = memory_of(actor.pid)
-    report = mthp_json("collapse", actor.pid, *options("--max-bloat", 0), code=1)
+    report = mthp_json_here("collapse", actor.pid, *options("--max-bloat", 0), code=1)
     check_against_smaps(report, before, memory_of(actor.pid))
     assert report["bloat_bytes"] == 0
     assert report["over_budget_ranges"] >= len(SOME)
@@ -138,7 +138,7 @@ def test_a_budget_stops_before_it_is_overspent(actor: Actor) -> None:
     layout = Layout.of(actor)
     before = memory_of(actor.pid)
     room = (PAGES - SOME[0]) * PAGE_SIZE + (PAGES - SOME[1]) * PAGE_SIZE + before.rss // 100
-    report = mthp_json("collapse", actor.pid, *options("--max-bloat", f"{room}B"), code=1)
+    report = mthp_json_here("collapse", actor.pid, *options("--max-bloat", f"{room}B"), code=1)
     check_against_smaps(report, before, memory_of(actor.pid))
     assert report["bloat_bytes"] <= room
     assert report["over_budget_ranges"] >= 1
@@ -150,19 +150,19 @@ def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> N
     layout = Layout.of(actor)
     # Full ranges only: the plan is carried out, and the other ranges are unchanged.
     full_only = ["--orders", f"order={PMD_ORDER}", "--max-ptes-none", 0]
-    report = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", code=1)
+    report = mthp_json_here("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", code=1)
     assert report["complete"]
     assert not report["min_coverage_reached"]
     assert report["min_coverage"] == 0.999
     assert layout.memory.anon_huge == FULL * PMD_SIZE
-    low = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "5%")
+    low = mthp_json_here("collapse", actor.pid, *full_only, "--min-coverage", "5%")
     assert low["min_coverage_reached"]
-    reached = mthp_json("collapse", actor.pid, *options())["coverage"]
+    reached = mthp_json_here("collapse", actor.pid, *options())["coverage"]
     assert reached == pytest.approx(share_by_smaps(actor.pid), abs=0.002)
     wanted = f"{100 * reached - 0.5:.1f}%"
-    high = mthp_json("collapse", actor.pid, *options("--min-coverage", wanted))
+    high = mthp_json_here("collapse", actor.pid, *options("--min-coverage", wanted))
     assert high["min_coverage_reached"]
-    predicted = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", wanted, "--dry-run")
+    predicted = mthp_json_here("collapse", actor.pid, *full_only, "--min-coverage", wanted, "--dry-run")
     assert predicted["min_coverage_reached"]
 
 
@@ -170,7 +170,7 @@ def test_who_said_no_is_left_alone(actor: Actor) -> None:
     spared = actor.map(2 * PMD_SIZE, advice=MADV_NOHUGEPAGE)
     actor.fill(spared, 2 * PAGES)
     Layout.of(actor)
-    report = mthp_json("collapse", actor.pid, *options())
+    report = mthp_json_here("collapse", actor.pid, *options())
     assert memory_of(actor.pid, spared, spared + 2 * PMD_SIZE).anon_huge == 0
     assert any(
         "MADV_NOHUGEPAGE" in left["reason"] and left["bytes"] >= 2 * PMD_SIZE for left in report["plan"]["left_alone"]
@@ -182,7 +182,7 @@ def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
     layout = Layout.of(actor)
     actor.tell("set_thp_disable", 1)
     before = memory_of(actor.pid)
-    report = mthp_json("collapse", actor.pid, *options(), code=1)
+    report = mthp_json_here("collapse", actor.pid, *options(), code=1)
     assert memory_of(actor.pid) == before
     assert report["done_nothing"]
     assert planned(report) == report["collapsed_ranges"] == 0
@@ -272,7 +272,7 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
 @pytest.mark.slow
 def test_a_rate_is_kept(actor: Actor) -> None:
     many(actor, 10)
-    report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))
+    report = mthp_json_here("collapse", actor.pid, *options("--rate", "20M"))
     # The first batch starts at once, and the budget of a tenth of a second is saved up.
     rate = 20 << 20
     assert report["elapsed_seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
@@ -284,12 +284,12 @@ def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:
     actor.fill(address, 2 * PAGES)
     area = (actor.pid, address, address + 3 * PMD_SIZE)
     # Its heap may happen to hold a PMD range, so that something is collapsed.
-    without = json.loads(mthp("collapse", actor.pid, *options("--json")).stdout)
+    without = json.loads(mthp_here("collapse", actor.pid, *options("--json")).stdout)
     assert memory_of(*area).shmem_huge == 0
     assert any("shared memory" in left["reason"] for left in without["plan"]["left_alone"])
 
     before = memory_of(actor.pid)
-    done = mthp("collapse", actor.pid, *options("--include-file", "--json"))
+    done = mthp_here("collapse", actor.pid, *options("--include-file", "--json"))
     report = json.loads(done.stdout)
     if memory_of(*area).shmem_huge == 0:
         pytest.skip(f"this kernel does not collapse shared memory: {report['failed_ranges']}")
@@ -313,16 +313,16 @@ def test_the_huge_zero_page_is_not_counted_as_covered(actor: Actor, thp_switches
     actor.tell("read", address + PMD_SIZE, 1, 1)
     thp_switches.set("enabled", "madvise")
     actor.fill(address, PAGES)
-    plan = mthp_json("plan", actor.pid, *PLANNED)
+    plan = mthp_json_here("plan", actor.pid, *PLANNED)
     assert plan["ranges_by_result"].get("PMD_MAPPED") == 1
     assert plan["coverage"] == 0.0
-    report = mthp_json("collapse", actor.pid, *options())
+    report = mthp_json_here("collapse", actor.pid, *options())
     assert report["coverage"] == pytest.approx(share_by_smaps(actor.pid), abs=0.002)
 
 
 def test_the_table_says_what_the_object_says(actor: Actor) -> None:
     Layout.of(actor)
-    done = mthp("collapse", actor.pid, *options())
+    done = mthp_here("collapse", actor.pid, *options())
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     collapsed = next(line.split() for line in done.stdout.splitlines() if line.startswith("collapsed"))

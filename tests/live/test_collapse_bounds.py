@@ -10,7 +10,7 @@ import pytest
 
 import mthp as library
 from daemons import RunningDaemon
-from e2e.helpers import Actor, memory_of, mthp, mthp_json
+from e2e.helpers import Actor, memory_of, mthp_here, mthp_json_here
 from memory_cgroups import MemoryCgroup, memory_cgroup
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE
@@ -63,7 +63,7 @@ def sparse(cgroup: MemoryCgroup) -> Iterator[Sparse]:
 @pytest.mark.slow
 def test_the_defaults_leave_a_target_room_to_grow(cgroup: MemoryCgroup, sparse: Sparse) -> None:
     resident = memory_of(sparse.pid).rss
-    report = mthp_json("collapse", sparse.pid, *PMD, code=1)
+    report = mthp_json_here("collapse", sparse.pid, *PMD, code=1)
     assert report["bloat_bytes"] <= resident // 10
     assert report["over_budget_ranges"] >= 500
     assert memory_of(sparse.pid).rss <= resident + resident // 10
@@ -81,7 +81,7 @@ def test_the_library_has_the_same_defaults(sparse: Sparse) -> None:
 
 @pytest.mark.slow
 def test_no_budget_lifts_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> None:
-    report = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", code=1)
+    report = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", code=1)
     assert report["collapsed_ranges"] > 100
     assert report["over_reserve_ranges"] > 100
     assert report["over_budget_ranges"] == 0
@@ -89,31 +89,31 @@ def test_no_budget_lifts_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> No
     assert "64M of it must stay free" in report["room"]
     assert cgroup.used <= LIMIT - RESERVE
     assert sparse.grows()
-    text = mthp("collapse", sparse.pid, *PMD, "--max-bloat", "none").stdout
+    text = mthp_here("collapse", sparse.pid, *PMD, "--max-bloat", "none").stdout
     assert "no room" in text
     assert "--reserve" in text
 
 
 def test_the_limit_of_a_cgroup_above_counts(cgroup: MemoryCgroup) -> None:
     with Sparse(cgroup.below("inner")) as sparse:
-        report = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", code=1)
+        report = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", code=1)
         assert report["over_reserve_ranges"] > 100
         assert cgroup.used <= LIMIT - RESERVE
         assert sparse.grows()
 
 
 def test_the_reserve_can_be_chosen(cgroup: MemoryCgroup, sparse: Sparse) -> None:
-    half = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", "50%", code=1)
+    half = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", "50%", code=1)
     assert 0 < half["collapsed_ranges"] < 100
     assert cgroup.used <= LIMIT // 2
-    more = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", "100M", code=1)
+    more = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", "100M", code=1)
     assert more["collapsed_ranges"] > 0
     assert LIMIT // 2 < cgroup.used <= LIMIT - 100 * MIB
     assert sparse.grows()
 
 
 def test_the_first_failed_charge_ends_it(cgroup: MemoryCgroup, sparse: Sparse) -> None:
-    report = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", 0, code=1)
+    report = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--reserve", 0, code=1)
     # Where the measured room ends before a charge fails, that ends it too.
     failed = report["failed_ranges"].get("CGROUP_CHARGE_FAIL", 0) + report["failed_ranges"].get(
         "ALLOC_HUGE_PAGE_FAIL", 0
@@ -126,25 +126,25 @@ def test_the_first_failed_charge_ends_it(cgroup: MemoryCgroup, sparse: Sparse) -
 
 def test_a_plan_says_what_of_it_would_be_done(sparse: Sparse) -> None:
     resident = memory_of(sparse.pid).rss
-    plan = mthp_json("plan", sparse.pid, *PMD)
+    plan = mthp_json_here("plan", sparse.pid, *PMD)
     allowed = plan["by_default"]
     assert plan["bloat_bytes"] > 900 * MIB
     assert allowed["bloat_bytes"] <= allowed["bloat_budget_bytes"] <= resident // 10
     [left] = [left for left in allowed["left"] if left["order"] == PMD_ORDER]
     assert left["folios"] + allowed["folios_by_order"].get(str(PMD_ORDER), 0) == plan["folios_by_order"][str(PMD_ORDER)]
     assert "--max-bloat 10%" in left["reason"]
-    report = mthp_json("collapse", sparse.pid, *PMD, code=1)
+    report = mthp_json_here("collapse", sparse.pid, *PMD, code=1)
     assert report["collapsed_ranges"] == allowed["folios_by_order"].get(str(PMD_ORDER), 0)
-    text = mthp("plan", sparse.pid, *PMD).stdout
+    text = mthp_here("plan", sparse.pid, *PMD).stdout
     assert "It would leave" in text
-    dry = mthp_json("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--dry-run")
+    dry = mthp_json_here("collapse", sparse.pid, *PMD, "--max-bloat", "none", "--dry-run")
     assert "must stay free" in dry["allowed"]["left"][0]["reason"]
 
 
 @pytest.mark.requires("mover")
 def test_moving_keeps_to_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> None:
     words = ("--orders", "64K", "--mechanism", "move", "--fill", "--pause-share", 1.0, "--max-pause", "20ms")
-    report = json.loads(mthp("collapse", sparse.pid, *words, "--max-bloat", "none", "--json").stdout)
+    report = json.loads(mthp_here("collapse", sparse.pid, *words, "--max-bloat", "none", "--json").stdout)
     tally = report["folios"]["4"]
     assert tally["made"] > 1000
     # The mover needs room for a whole window, and refuses where there is less.

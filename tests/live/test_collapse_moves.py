@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import MTHP, Actor, mthp, mthp_json
+from e2e.helpers import MTHP, Actor, mthp, mthp_here, mthp_json, mthp_json_here
 from memory_cgroups import memory_cgroup
 from mover_targets import GEOMETRY, Writers, mappings, pages_by_order
 from mthp.linux.live import open_live
@@ -86,7 +86,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
 def test_the_table_says_the_same(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 64)
-    done = mthp("collapse", actor.pid, "--orders", "order=4", "--max-ptes-none", 0, "--mechanism", "move")
+    done = mthp_here("collapse", actor.pid, "--orders", "order=4", "--max-ptes-none", 0, "--mechanism", "move")
     line = next(line.split() for line in done.stdout.splitlines() if line.startswith(GEOMETRY.label(4)))
     assert line[1] == "made"
     assert int(line[2]) >= 4
@@ -98,16 +98,16 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     address = actor.map(2 * PMD_SIZE)
     actor.fill(address, PAGES + 64)
     before = pages_by_order(actor.pid, address, 2 * PMD_SIZE)
-    report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run")
+    report = mthp_json_here("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run")
     assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["6"] == "move"
     assert report["move_refusals"] == []
     assert report["pauses"]["count"] == 0
-    only_call = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run", "--mechanism", "madvise")
+    only_call = mthp_json_here("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run", "--mechanism", "madvise")
     assert only_call["mechanism_by_order"]["6"] is None
     actor.tell("set_thp_disable", 0)
     assert pages_by_order(actor.pid, address, 2 * PMD_SIZE) == before
-    text = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run").stdout
+    text = mthp_here("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run").stdout
     assert "stopped repeatedly" in text
 
 
@@ -119,7 +119,7 @@ def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> 
         if space.drives_khugepaged(4):
             pytest.skip("the kernel's khugepaged makes these sizes")
     before = mappings(actor.pid)
-    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--json")
+    done = mthp_here("collapse", actor.pid, "--max-ptes-none", 0, "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["complete"]) == (1, False)
     assert report["folios"] == {}
@@ -129,7 +129,7 @@ def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> 
     assert "injected" not in done.stderr
     assert mappings(actor.pid) == before
     assert pages_by_order(actor.pid, address, 2 * PMD_SIZE) == {PMD_ORDER: PAGES, 0: 64, -1: PAGES - 64}
-    text = mthp("collapse", actor.pid, "--max-ptes-none", 0).stdout
+    text = mthp_here("collapse", actor.pid, "--max-ptes-none", 0).stdout
     assert "--mechanism move" in text
     assert "injects code" in text
 
@@ -138,13 +138,13 @@ def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 32, 8)
     options = ("--orders", "order=4", "--mechanism", "move")
-    without = mthp_json("collapse", actor.pid, *options, code=1)
+    without = mthp_json_here("collapse", actor.pid, *options, code=1)
     check_accounts(without)
     assert without["folios"]["4"]["failed"]["EXCEED_NONE_PTE"] >= 16
     assert without["bloat_bytes"] == 0
-    assert "--fill" in mthp("collapse", actor.pid, *options).stdout
+    assert "--fill" in mthp_here("collapse", actor.pid, *options).stdout
     assert pages_by_order(actor.pid, address, PMD_SIZE)[0] == 32
-    report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--max-bloat", "none", "--json").stdout)
+    report = json.loads(mthp_here("collapse", actor.pid, *options, "--fill", "--max-bloat", "none", "--json").stdout)
     check_accounts(report)
     assert pages_by_order(actor.pid, address, PMD_SIZE) == {4: 256, -1: PAGES - 256}
     assert report["bloat_bytes"] >= 16 * 14 * PAGE_SIZE
@@ -158,7 +158,7 @@ def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
     actor.fill(address + 64 * PAGE_SIZE, 15)
     actor.fill(address + 80 * PAGE_SIZE, 32, 8)
     options = ("--orders", "order=4", "--mechanism", "move", "--fill")
-    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", f"{PAGE_SIZE}B", "--json").stdout)
+    report = json.loads(mthp_here("collapse", actor.pid, *options, "--max-bloat", f"{PAGE_SIZE}B", "--json").stdout)
     check_accounts(report)
     assert report["bloat_bytes"] <= PAGE_SIZE
     assert report["folios"]["4"]["over_budget"] >= 16
@@ -191,11 +191,13 @@ def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as target:
         until(lambda: is_strict(target.pid), "seccomp")
         try:
-            report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, code=1)
+            report = mthp_json_here("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, code=1)
             check_accounts(report)
             assert report["folios"]["4"]["made"] == 0
             assert any("seccomp" in reason for reason in reasons(report))
-            dry = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, "--dry-run")
+            dry = mthp_json_here(
+                "collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, "--dry-run"
+            )
             assert any("seccomp" in reason for reason in dry["move_refusals"])
             assert target.poll() is None
         finally:
@@ -311,14 +313,14 @@ def test_little_memory_left_in_its_cgroup(actor: Actor) -> None:
         cgroup.limit(40 << 20)
         address = actor.map(4 * PMD_SIZE)
         actor.fill(address, 4 * PAGES)
-        report = mthp_json("collapse", actor.pid, *SIXTY_FOUR, code=1)
+        report = mthp_json_here("collapse", actor.pid, *SIXTY_FOUR, code=1)
         assert f"of 40M are left in {cgroup.directory}" in report["room"]
         assert report["folios"]["4"]["made"] == 0
         assert report["folios"]["4"]["over_reserve"] >= 128
         assert pages_by_order(actor.pid, address, 4 * PMD_SIZE) == {0: 4 * PAGES}
         assert actor.damaged(address, 4 * PAGES) == 0
         cgroup.limit(1 << 30)
-        report = json.loads(mthp("collapse", actor.pid, *SIXTY_FOUR, "--json").stdout)
+        report = json.loads(mthp_here("collapse", actor.pid, *SIXTY_FOUR, "--json").stdout)
         assert report["folios"]["4"]["made"] >= 128
         assert actor.damaged(address, 4 * PAGES) == 0
         actor.kill()
@@ -330,7 +332,7 @@ def test_a_process_without_rights_needs_none() -> None:
     with Actor(as_nobody=True) as actor:
         address = actor.map(PMD_SIZE)
         actor.fill(address, PAGES)
-        report = json.loads(mthp("collapse", actor.pid, *SIXTY_FOUR, "--verify", "--json").stdout)
+        report = json.loads(mthp_here("collapse", actor.pid, *SIXTY_FOUR, "--verify", "--json").stdout)
         assert report["folios"]["4"]["made"] >= 32
         assert pages_by_order(actor.pid, address, PMD_SIZE) == {4: PAGES}
         assert actor.damaged(address, PAGES) == 0

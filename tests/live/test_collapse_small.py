@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from daemons import RunningDaemon
-from e2e.helpers import Actor, mthp, mthp_json
+from e2e.helpers import Actor, mthp_here, mthp_json_here
 from mover_targets import Controlled
 from mthp.engine.collapse import collapse_space
 from mthp.engine.select import PlanOptions
@@ -72,8 +72,8 @@ def test_the_edges_of_a_large_mapping(actor: Actor) -> None:
     """The memory before and after its whole PMD ranges; the ranges themselves are planned as usual."""
     edge, pages = 24, 24 + PMD_SIZE // PAGE_SIZE + 40
     address = mapped_between_guards(actor, PMD_SIZE // PAGE_SIZE - edge, pages)
-    before = mthp_json("plan", actor.pid, "--orders", "16K,32K,64K,128K")
-    done = mthp("collapse", actor.pid, "--orders", "16K,32K,64K,128K", *SMALL, "--json")
+    before = mthp_json_here("plan", actor.pid, "--orders", "16K,32K,64K,128K")
+    done = mthp_here("collapse", actor.pid, "--orders", "16K,32K,64K,128K", *SMALL, "--json")
     report = json.loads(done.stdout)
     assert done.returncode in (0, 1), done.stderr
     assert report["verified"]

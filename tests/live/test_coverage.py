@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json
+from e2e.helpers import mthp_here, mthp_json_here
 from mover_targets import READY, program
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE
 
@@ -69,7 +69,7 @@ def rollup(pid: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("start", [MANY_SMALL], indirect=True)
 def test_memory_in_mappings_smaller_than_the_pmd_size_counts(start: int) -> None:
-    done = mthp_json("collapse", start, "--orders", f"order={PMD_ORDER}", "--min-coverage", "95%", code=1)
+    done = mthp_json_here("collapse", start, "--orders", f"order={PMD_ORDER}", "--min-coverage", "95%", code=1)
     smaps = rollup(start)
     assert smaps["AnonHugePages"] >= 8 * PMD_SIZE
     assert done["coverage"] == pytest.approx(smaps["AnonHugePages"] / smaps["Anonymous"], abs=0.002)
@@ -77,12 +77,12 @@ def test_memory_in_mappings_smaller_than_the_pmd_size_counts(start: int) -> None
     assert (done["complete"], done["min_coverage_reached"]) == (True, False)
     left = {each["reason"]: each["resident_bytes"] for each in done["plan"]["left_alone"]}
     assert sum(left.values()) == pytest.approx(smaps["Anonymous"] - smaps["AnonHugePages"], rel=0.05)
-    assert "that --min-coverage requires" in mthp("collapse", start, "--min-coverage", "95%").stdout
+    assert "that --min-coverage requires" in mthp_here("collapse", start, "--min-coverage", "95%").stdout
 
 
 @pytest.mark.parametrize("start", [MANY_SMALL, MOVED], indirect=True)
 def test_pagemap_says_what_smaps_says(start: int) -> None:
-    census, smaps = mthp_json("inspect", start), rollup(start)
+    census, smaps = mthp_json_here("inspect", start), rollup(start)
     assert census["anonymous"]["resident_bytes"] == smaps["Anonymous"]
     huge = census["anonymous"]["huge_coverage"] * census["anonymous"]["resident_bytes"]
     assert huge == pytest.approx(smaps["AnonHugePages"])
@@ -91,17 +91,17 @@ def test_pagemap_says_what_smaps_says(start: int) -> None:
 @pytest.mark.requires("pfns")
 @pytest.mark.parametrize("start", [MOVED], indirect=True)
 def test_a_folio_off_its_alignment_is_no_huge_mapping(start: int) -> None:
-    census = mthp_json("inspect", start)
+    census = mthp_json_here("inspect", start)
     by_alignment = census["anonymous"]["pages_by_alignment"][str(PMD_ORDER)]
     assert by_alignment["unaligned"] * PAGE_SIZE == 4 * PMD_SIZE
     assert by_alignment["aligned"] == by_alignment["pmd_mapped"] == 0
     assert census["anonymous"]["huge_coverage"] == 0.0
     # Addresses and frames are alike up to 64K, so smaller blocks can be used.
-    plan = mthp_json("plan", start, "--orders", "64K")
+    plan = mthp_json_here("plan", start, "--orders", "64K")
     assert plan["measured"]["share_by_order"]["4"] > 0.4
     assert plan["measured"]["share_by_order"]["5"] < 0.05
-    assert "unaligned" in mthp("inspect", start).stdout
+    assert "unaligned" in mthp_here("inspect", start).stdout
     # The kernel's call makes huge mappings of what lies in whole PMD ranges.
-    after = mthp_json("collapse", start, "--orders", f"order={PMD_ORDER}")
+    after = mthp_json_here("collapse", start, "--orders", f"order={PMD_ORDER}")
     assert after["coverage"] == pytest.approx(rollup(start)["AnonHugePages"] / rollup(start)["Anonymous"], abs=0.002)
     assert after["coverage"] > 0

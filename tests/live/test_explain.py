@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json
+from e2e.helpers import mthp_here, mthp_json_here
 from mover_targets import program
 from mthp.engine.explain import Explanation, explain_space
 from mthp.linux import kernel_scans
@@ -187,13 +187,13 @@ def test_pinned(target: tuple[int, int]) -> None:
 
 
 def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, small: int) -> None:
-    said = mthp("explain", puppet.pid, f"{small:x}").stdout
+    said = mthp_here("explain", puppet.pid, f"{small:x}").stdout
     assert "Refusals:" in said
     assert "no daemon is running" in said
-    assert mthp_json("explain", puppet.pid, hex(small))["refusals"][0]["mechanism"] == "khugepaged"
-    assert mthp("explain", puppet.pid).returncode == 0
-    assert mthp("explain", puppet.pid, "0x10").returncode == 2
-    assert mthp("explain", puppet.pid, "heap").returncode == 2
+    assert mthp_json_here("explain", puppet.pid, hex(small))["refusals"][0]["mechanism"] == "khugepaged"
+    assert mthp_here("explain", puppet.pid).returncode == 0
+    assert mthp_here("explain", puppet.pid, "0x10").returncode == 2
+    assert mthp_here("explain", puppet.pid, "heap").returncode == 2
 
 
 MOUNT = "test -d /sys/kernel/tracing/events || mount -t tracefs nodev /sys/kernel/tracing"
@@ -281,4 +281,4 @@ def test_the_command_watches(puppet: Puppet, small: int) -> None:
 def test_watching_a_file_is_refused() -> None:
     pytest.importorskip("pyarrow")
     example = Path(__file__).parents[1] / "example.parquet"
-    assert mthp("explain", example, "--watch", "1s").returncode == 2
+    assert mthp_here("explain", example, "--watch", "1s").returncode == 2

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import Actor, mthp, mthp_json
+from e2e.helpers import Actor, mthp_here, mthp_json_here
 from memory_cgroups import memory_cgroup
 from mthp.budget import Amount
 from mthp.engine.collapse import carry_out
@@ -94,14 +94,14 @@ def target() -> Iterator[Actor]:
 
 
 def predicted(pid: int) -> dict[str, Any]:
-    reach = mthp_json("plan", pid, *PMD, "--reachable")["reach"]
+    reach = mthp_json_here("plan", pid, *PMD, "--reachable")["reach"]
     assert isinstance(reach, dict)
     return reach
 
 
 def reached(pid: int) -> float:
     """Collapse as much as possible, and return the coverage."""
-    done = mthp("collapse", pid, *PMD, "--max-bloat", "none", "--json")
+    done = mthp_here("collapse", pid, *PMD, "--max-bloat", "none", "--json")
     assert done.returncode in (0, 1), done.stderr
     return float(json.loads(done.stdout)["coverage"])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from daemons import RunningDaemon
-from e2e.helpers import Actor, memory_of, mthp_json
+from e2e.helpers import Actor, memory_of, mthp_json_here
 from mthp.thp_unadvised import REASON
 from targets import MADV_HUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
@@ -34,14 +34,14 @@ def unadvised(actor: Actor) -> int:
 
 def test_the_kernels_call_is_not_affected(actor: Actor) -> None:
     address = unadvised(actor)
-    mthp_json("collapse", actor.pid, "--mechanism", "madvise", "--orders", f"order={PMD_ORDER}")
+    mthp_json_here("collapse", actor.pid, "--mechanism", "madvise", "--orders", f"order={PMD_ORDER}")
     assert memory_of(actor.pid, address, address + SIZE).anon_huge == SIZE
 
 
 @pytest.mark.requires("mover")
 def test_moving_ends_with_the_first_batch(actor: Actor) -> None:
     address = unadvised(actor)
-    report = mthp_json("collapse", actor.pid, "--mechanism", "move", "--orders", "64K", code=1)
+    report = mthp_json_here("collapse", actor.pid, "--mechanism", "move", "--orders", "64K", code=1)
     tally = report["folios"]["4"]
     assert report["moved_blocks"] < tally["planned"] // 4
     assert tally["made"] == 0
@@ -57,7 +57,7 @@ def test_advised_memory_of_such_a_process_is_moved(actor: Actor, thp_switches: T
     advised = actor.map(2 * PMD_SIZE)
     actor.fill(advised, 2 * PAGES_PER_PMD)
     actor.tell("madvise", advised, 2 * PMD_SIZE, MADV_HUGEPAGE)
-    report = mthp_json("collapse", actor.pid, "--mechanism", "move", "--orders", "64K", code=1)
+    report = mthp_json_here("collapse", actor.pid, "--mechanism", "move", "--orders", "64K", code=1)
     assert report["folios"]["4"]["made"] == 2 * PMD_SIZE // (64 << 10)
 
 
