@@ -16,7 +16,7 @@ import pytest
 from e2e.helpers import MTHP, MTHP_AS_NOBODY, TESTS, Actor, memory_of, mthp, mthp_here, mthp_json
 from mthp import __version__
 from mthp.cli import COMMANDS
-from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
+from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 
 thp = pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
@@ -89,22 +89,6 @@ def test_inspect_lists_every_mapping(actor: Actor) -> None:
 
 
 @thp
-def test_inspect_counts_what_smaps_counts(actor: Actor, thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    address = actor.map(2 * PMD_SIZE)
-    actor.fill(address, 100)
-    census = mthp_json("inspect", actor.pid)
-    for vma in census["vmas"]:
-        if vma["kind"] != "special":
-            bounds = int(vma["start"], 16), int(vma["end"], 16)
-            assert vma["resident_bytes"] == memory_of(actor.pid, *bounds).rss, vma
-    (vma,) = [vma for vma in census["vmas"] if vma["start"] == hex(address)]
-    assert vma["resident_bytes"] == 100 * PAGE_SIZE
-    assert vma["pages_by_order"] == {"0": 100}
-    assert vma["madvise"]["sizes"][-1] == "2M"
-
-
-@thp
 def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_path: Path) -> None:
     """Inspect, record, plan on both, collapse, inspect."""
     pytest.importorskip("pyarrow")
@@ -147,20 +131,6 @@ def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_pat
 
 def anonymous(census: dict[str, Any]) -> list[dict[str, Any]]:
     return [vma for vma in census["vmas"] if vma["kind"] == "anon"]
-
-
-@thp
-def test_orders_enabled_follow_the_switches(actor: Actor, thp_switches: ThpSwitches) -> None:
-    thp_switches.set("enabled", "madvise")
-    address = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
-    actor.fill(address, PAGES)
-    assert mthp_json("plan", actor.pid, "--orders", "enabled")["folios_by_order"] == {}
-    # Not the PMD size: with it, the kernel's khugepaged may be first.
-    thp_switches.only("64kB", "512kB")
-    actor.tell("madvise", address, PMD_SIZE, 14)
-    plan = mthp_json("plan", actor.pid, "--orders", "enabled")
-    assert plan["orders"] == [4, 7]
-    assert plan["folios_by_order"] == {"7": 4}
 
 
 # Names that act on a terminal.

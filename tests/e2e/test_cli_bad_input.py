@@ -124,11 +124,6 @@ def test_an_own_ancestor_is_inspected_but_not_collapsed(run: Run) -> None:
     assert mthp("plan", os.getpid()).returncode == 0
 
 
-def test_a_pid_that_was_somebody_elses(run: Run, actor: Actor) -> None:
-    actor.kill()
-    refused(run("inspect", actor.pid), 4, f"no process {actor.pid}")
-
-
 # Files as targets.
 
 
@@ -142,62 +137,12 @@ def test_a_missing_file_says_what_can_be_given(run: Run) -> None:
     refused(run("inspect", "no-such-file"), 2, "'no-such-file'", "PID", "self", "mthp snapshot")
 
 
-def text_file(directory: Path) -> Path:
-    path = directory / "notes.txt"
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_what_is_no_snapshot(run: Run, tmp_path: Path, command: str) -> None:
+    path = tmp_path / "notes.txt"
     path.write_text("PAR2 and more")
-    return path
-
-
-def foreign(directory: Path) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"a": [1, 2]}), directory / "foreign.parquet")
-    return directory / "foreign.parquet"
-
-
-def empty(directory: Path) -> Path:
-    path = directory / "empty"
-    path.touch()
-    return path
-
-
-def dangling(directory: Path) -> Path:
-    path = directory / "dangling"
-    path.symlink_to("nowhere")
-    return path
-
-
-def fifo(directory: Path) -> Path:
-    path = directory / "fifo"
-    os.mkfifo(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("make", "word"),
-    [
-        (lambda directory: directory, "not a regular file"),
-        (lambda _: Path("/dev/null"), "not a regular file"),
-        (fifo, "not a regular file"),
-        (text_file, "not a Parquet file"),
-        (foreign, "a Parquet file of something else"),
-        (empty, "empty"),
-        (dangling, "No such file"),
-    ],
-    ids=["directory", "device", "fifo", "text", "foreign", "empty", "dangling"],
-)
-def test_what_is_no_snapshot(run: Run, tmp_path: Path, make: Callable[[Path], Path], word: str) -> None:
-    path = make(tmp_path)
-    for command in ("inspect", "plan"):
-        refused(run(command, path), 2, str(path), word)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_snapshot(run: Run, snapshot: Path, share: float) -> None:
-    contents = snapshot.read_bytes()
-    snapshot.write_bytes(contents[: int(share * len(contents))])
-    refused(run("inspect", snapshot), 2, str(snapshot))
+    refused(run(command, path), 2, str(path), "not a Parquet file")
+    refused(run(command, tmp_path), 2, str(tmp_path), "not a regular file")
 
 
 def test_a_snapshot_cannot_be_collapsed(run: Run, snapshot: Path) -> None:

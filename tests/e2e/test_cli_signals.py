@@ -83,17 +83,6 @@ def test_the_exit_code_is_that_of_a_shell(command: str, number: signal.Signals, 
     assert ended(process) == 128 + number
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", ENDING)
-def test_a_recording_is_whole(number: signal.Signals, tmp_path: Path) -> None:
-    process = started(*arguments_of("record", tmp_path))
-    until((tmp_path / "recording").exists, "a recording")
-    process.send_signal(number)
-    # Ctrl-C is how a recording is ended.
-    assert ended(process) == (0 if number == signal.SIGINT else 128 + number)
-    assert mthp("inspect", tmp_path / "recording").returncode == 0
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_what_was_ignored_stays_so(number: signal.Signals, tmp_path: Path) -> None:
     process = started(*arguments_of("record", tmp_path), ignored=[number])

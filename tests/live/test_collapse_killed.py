@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
-OPTIONS = (
+OPTIONS = [
     "--orders",
     "order=4",
     "--max-ptes-none",
@@ -37,7 +37,7 @@ OPTIONS = (
     "60s",
     "--pause-share",
     "100%",
-)
+]
 STRIDE = int(os.environ.get("MTHP_TEST_STRIDE", "16"))
 """Every so-many-th step; MTHP_TEST_STRIDE=1 takes them all."""
 

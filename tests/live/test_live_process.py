@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -33,43 +32,6 @@ pytestmark = pytest.mark.live
 
 TIB = 1 << 40
 NOBODY = 65534
-
-
-def kernel_thread() -> int:
-    """Return the PID of kthreadd, which every kernel outside a PID namespace shows as 2."""
-    for path in Path("/proc").glob("[0-9]*/comm"):
-        with contextlib.suppress(OSError):
-            if path.read_text() == "kthreadd\n":
-                return int(path.parent.name)
-    pytest.skip("no kernel thread is visible in this PID namespace")
-
-
-def test_an_unknown_pid() -> None:
-    unused = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
-    with pytest.raises(TargetVanishedError, match=f"no process {unused}"):
-        open_live(unused)
-    with pytest.raises(TargetVanishedError, match="no process"):
-        open_live(1 << 40)
-    for pid in (0, -1):
-        with pytest.raises(UsageError, match="not a PID"):
-            open_live(pid)
-
-
-def test_a_kernel_thread() -> None:
-    with pytest.raises(UnsupportedError, match="kernel thread"):
-        open_live(kernel_thread())
-
-
-def test_a_zombie(puppet: Puppet) -> None:
-    puppet.kill_unwaited()
-    with pytest.raises(UnsupportedError, match="zombie"):
-        open_live(puppet.pid)
-
-
-def test_a_thread_names_its_process(puppet: Puppet) -> None:
-    tid = puppet.tell("start_thread")
-    with pytest.raises(UsageError, match=f"{tid} is a thread of process {puppet.pid}"):
-        open_live(tid)
 
 
 @pytest.mark.parametrize("scan", [True, False])

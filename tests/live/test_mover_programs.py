@@ -173,17 +173,7 @@ def test_redis(tmp_path: Path) -> None:
             benchmark,
             "-s",
             str(path),
-            "-c",
-            "10",
-            "-n",
-            "100000000",
-            "-r",
-            "50000",
-            "-d",
-            "200",
-            "-t",
-            "set,get",
-            "-q",
+            *["-c", "10", "-n", "100000000", "-r", "50000", "-d", "200", "-t", "set,get", "-q"],
         ]
         with running(load, stdout=subprocess.DEVNULL) as clients:
             made = collapse_while(lambda: [server.pid], 4, for_seconds(SECONDS), lasts=True)

@@ -15,15 +15,12 @@ import pytest
 
 from daemons import RunningDaemon
 from e2e.helpers import Actor, mthp, mthp_json, unused_pid
-from mthp.cli.several import Failed, do_each
 from mthp.linux.facts import FactsReader
-from mthp.targets import find_targets
 from targets import PAGE_SIZE
 from waiting import until
 
 pytestmark = pytest.mark.live
 
-SIZE = 4 << 20
 
 ID = "3f2a" + "0" * 60
 TOP = f"mthp-test-{os.getpid()}.slice"
@@ -168,20 +165,6 @@ def test_a_name_that_fits_one_process_shows_it_in_full(tmp_path: Path) -> None:
             assert mthp("snapshot", "mthp-test-one", "-o", tmp_path / "file").returncode == 0
         finally:
             process.kill()
-
-
-def test_a_process_that_a_name_found_and_that_exits_is_a_line_and_no_failure(group: Path) -> None:
-    with Actor() as one, Actor() as other:
-        for actor in (one, other):
-            (group / "cgroup.procs").write_text(str(actor.pid))
-        found = find_targets([f"container:{ID[:12]}"])
-        one.kill()
-        each = do_each(found, lambda found: (found.open().label, 0))
-        assert each.code == 0
-        gone, there = each.all if one.pid < other.pid else each.all[::-1]
-        assert isinstance(gone, Failed)
-        assert gone.error.exit_code == 4
-        assert str(there).startswith(f"{other.pid} (")
 
 
 def test_the_shell_of_this_mthp_is_left_out_of_what_a_name_finds(tmp_path: Path) -> None:

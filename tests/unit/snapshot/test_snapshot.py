@@ -248,14 +248,6 @@ def test_many_row_groups(file: Path) -> None:
     np.testing.assert_array_equal(columns.folio_order, space.read(segments).folio_order)
 
 
-def test_what_lies_outside_the_mappings_reads_as_none(file: Path) -> None:
-    record(process(), file)
-    with load(file) as snapshot:
-        columns = snapshot.read([(HEAP, HEAP + 5 * PAGE), (0, PAGE)])
-    assert columns.state.tolist() == [0, 0, 0, PRESENT, PRESENT, 0]
-    assert columns.folio_order.tolist() == [ORDER_NONE] * 3 + [0, 0, ORDER_NONE]
-
-
 def test_a_snapshot_cannot_be_collapsed(file: Path) -> None:
     record(process(), file)
     with load(file) as snapshot, pytest.raises(UnsupportedError) as caught:

@@ -128,7 +128,7 @@ def test_killed_at_every_step(tunables: Tunables) -> None:
         with dying_at(event, lambda total: (tunables.thp / "steps").write_text(str(total))):
             journal = tunables.journal()
             journal.keep(KEPT)
-            with journal.settings(OUTER):
+            with journal.settings(OUTER), journal.settings(INNER):
                 pass
             journal.release()
         os._exit(0)

@@ -20,7 +20,6 @@ from journal_owners import (
     INNER,
     OUTER,
     Tunables,
-    dying_at,
     ended,
     forked,
     in_a_window,
@@ -95,23 +94,6 @@ def test_killed_at_random_moments(tunables: Tunables, numbers: tuple[signal.Sign
         settled(tunables)
         slowest = max(slowest, time.perf_counter() - begin)
     print(f"{KILLS} times {numbers}: everything was put back after {slowest:.3f} s at most")
-
-
-def test_killed_at_every_step(tunables: Tunables) -> None:
-    def work(event: int) -> None:
-        with dying_at(event, lambda total: (tunables.thp / "steps").write_text(str(total))):
-            journal = tunables.journal()
-            with journal.settings(OUTER), journal.settings(INNER):
-                pass
-        os._exit(0)
-
-    assert ended(forked(lambda: work(0))) == 0
-    steps = int((tunables.thp / "steps").read_text())
-    settled(tunables)
-    for event in sorted(random.sample(range(1, steps), min(KILLS, steps - 1))):
-        # Not each takes as many steps as the first.
-        assert ended(forked(lambda event=event: work(event))) in (-signal.SIGKILL, 0)  # type: ignore[misc]
-        settled(tunables)
 
 
 def test_what_another_has_set_meanwhile_stays(tunables: Tunables) -> None:
