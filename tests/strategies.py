@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mthp.engine import policy
 from mthp.engine.plan import make_rules
 from mthp.engine.planes import Planes
-from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER, geometry_for_ptes
+from mthp.geometry import MIN_ANON_ORDER, geometry_for_ptes
 from mthp.ptes import ORDER_NONE
 from mthp.tunables import Tunables
 from oracle import Range, Rules
@@ -37,9 +37,6 @@ def examples(count: int) -> int:
 
 SMALL_SIZES = (16, 32, 64)
 """PTEs per PMD range at which Hypothesis can search well."""
-
-REAL_SIZES = tuple(sorted({geometry.ptes_per_pmd for geometry in GEOMETRIES.values()}))
-"""PTEs per PMD range of the machines that have THP."""
 
 PLANES = ("present", "zero", "swap", "shared", "lazyfree", "unreferenced", "uffd", "folio_order", "guard")
 RANGE_FLAGS = ("pmd_mapped", "uffd_armed", "droppable")

@@ -245,12 +245,3 @@ def test_targets_that_do_not_exist() -> None:
             verb(unused_pid())
         with pytest.raises(UsageError):
             verb("no-such-file")
-
-
-ANCESTOR = """
-import os, mthp
-try:
-    mthp.collapse(os.getppid())
-except mthp.MthpError as error:
-    print(type(error).__name__, error)
-"""

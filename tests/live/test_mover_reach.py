@@ -19,8 +19,6 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 STOP_TIMEOUT_NS = 60 * 10**9
 
-FORKS = 300
-
 
 def test_between_two_windows_a_target_has_what_it_had(tmp_path: Path, only_blocks: None, observe: Observe) -> None:
     """And within one, only while all of its threads are stopped."""

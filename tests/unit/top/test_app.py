@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from fakes import FakeSpace
 from mthp.addrspace import AddressSpace
 from mthp.engine.select import PlanOptions
-from mthp.geometry import X86_64
 from mthp.results import BlockOutcome
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row
@@ -25,8 +23,9 @@ pytest.importorskip("textual")
 from textual.pilot import Pilot
 from textual.widgets import Label, Static
 
-from mthp.top.app import TopApp, View
+from mthp.top.app import TopApp
 from mthp.top.screens import Notice, Question, Running, daemon_line
+from top_screen import Rows, drive, view
 from waiting import until_shown
 
 M = 1 << 20
@@ -50,27 +49,6 @@ ROWS = [
 ]
 
 
-class Rows:
-    """A source with the rows of the test."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.known = list(rows)
-        self.shown: Sequence[int] = ()
-        self.refreshed: list[int] = []
-
-    def rows(self) -> Sequence[Row]:
-        return self.known
-
-    def show(self, keys: Sequence[int]) -> None:
-        self.shown = keys
-
-    def refresh(self, key: int) -> None:
-        self.refreshed.append(key)
-
-    def close(self) -> None:
-        return
-
-
 STATUS: Mapping[str, Any] = {
     "pid": 4242,
     "paused": False,
@@ -78,23 +56,6 @@ STATUS: Mapping[str, Any] = {
     "targets": [{}, {}],
     "counters": {"collapsed_bytes": 5 << 30, "bloat_bytes": 3 << 20},
 }
-
-
-def view(source: Any, **options: Any) -> View:
-    switches = "Linux 6.18.44, enabled: madvise; inherit: 2M; never: 1M 512K 256K 128K 64K 32K 16K"
-    return View("mthp top", source, X86_64, PlanOptions(max_ptes_none=64), switches=switches, **options)
-
-
-def drive(
-    shown: View, script: Callable[[TopApp, Pilot[int]], Awaitable[None]], size: tuple[int, int] = (110, 32)
-) -> None:
-    async def run() -> None:
-        app = TopApp(shown)
-        async with app.run_test(size=size, notifications=True) as pilot:
-            await pilot.pause()
-            await script(app, pilot)
-
-    asyncio.run(run())
 
 
 def text_of(app: TopApp, selector: str) -> str:
@@ -120,8 +81,6 @@ def test_processes_stand_by_what_could_be_gained(theme: str, screenshots: Path) 
         if theme == "light":
             await pilot.press("t")
         assert app.current_theme.dark == (theme == "dark")
-        await app.workers.wait_for_complete()
-        await pilot.pause()
         assert column(app) == ["101", "2000", "7", "55", "66"]
         assert column(app, 4) == ["600M", "~450M", "2M", "", ""]
         assert column(app, 6)[0].count("█") == round(24 * 200 / 900)

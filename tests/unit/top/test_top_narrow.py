@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ pytest.importorskip("textual")
 from textual.pilot import Pilot
 from textual.widgets import Static
 
-from mthp.top.app import TopApp, View
+from mthp.top.app import TopApp
 from mthp.top.columns import NAME_WIDTHS, PADDING, SCROLL_BAR, column_widths
 from mthp.top.screens import Notice, Question
+from top_screen import Rows, drive, view
 from waiting import until_shown
 
 M = 1 << 20
@@ -57,45 +57,13 @@ STATUS: Mapping[str, Any] = {
 }
 
 
-class Rows:
-    """A source with the rows of the test."""
-
-    def rows(self) -> Sequence[Row]:
-        return ROWS
-
-    def show(self, keys: Sequence[int]) -> None:
-        return
-
-    def refresh(self, key: int) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
 def no_space(_pid: int) -> AddressSpace:
     return FakeSpace([])
 
 
-def view(source: Any = None) -> View:
-    switches = "Linux 6.18.44, enabled: madvise; inherit: 2M; never: 1M 512K 256K 128K 64K 32K 16K"
-    return View(
-        "mthp top", source or Rows(), X86_64, PlanOptions(), opened=no_space, asked=lambda: STATUS, switches=switches
-    )
-
-
-def drive(
-    script: Callable[[TopApp, Pilot[int]], Awaitable[None]], shown: View | None = None, size: tuple[int, int] = SMALL
-) -> None:
-    async def run() -> None:
-        app = TopApp(shown or view())
-        async with app.run_test(size=size) as pilot:
-            await pilot.pause()
-            await app.workers.wait_for_complete()
-            await pilot.pause()
-            await script(app, pilot)
-
-    asyncio.run(run())
+def narrow(script: Callable[[TopApp, Pilot[int]], Awaitable[None]], size: tuple[int, int] = SMALL) -> None:
+    """Run `script` on a small screen of the rows."""
+    drive(view(Rows(ROWS), opened=no_space, asked=lambda: STATUS), script, size)
 
 
 def seen(app: TopApp) -> list[str]:
@@ -122,7 +90,7 @@ def test_every_figure_of_the_table_is_there_with_its_unit(size: tuple[int, int])
         for head in ("pid", "name", "resident", "huge", "could gain", "adds"):
             assert head in text, text
 
-    drive(script, size=size)
+    narrow(script, size=size)
 
 
 @pytest.mark.parametrize(("mapped", "narrowest"), [(False, 60), (True, 65)])
@@ -140,7 +108,7 @@ def test_the_plan_and_the_daemon_below_it_are_whole() -> None:
             assert f"1,234,567 of {X86_64.label(order)}" in text, text
         assert "1023G collapsed, 1022.9M of bloat added" in text, text
 
-    drive(script)
+    narrow(script)
 
 
 def test_the_columns_follow_when_the_terminal_changes() -> None:
@@ -153,7 +121,7 @@ def test_the_columns_follow_when_the_terminal_changes() -> None:
             assert app.chosen is not None
             assert app.chosen.key == 7
 
-    drive(script, size=(120, 24))
+    narrow(script, size=(120, 24))
 
 
 def test_a_question_shows_its_buttons_and_all_of_its_text() -> None:
@@ -176,7 +144,7 @@ def test_a_question_shows_its_buttons_and_all_of_its_text() -> None:
         assert "1,234,567" in shown
         await pilot.press("n")
 
-    drive(script)
+    narrow(script)
 
 
 def test_the_steps_of_a_long_recording_are_on_one_line() -> None:
@@ -190,7 +158,7 @@ def test_the_steps_of_a_long_recording_are_on_one_line() -> None:
         assert any("step 12346 of 12346, 15240.7 s" in line for line in seen(app)), "\n".join(seen(app))
 
     try:
-        drive(script, view(mapped))
+        drive(view(mapped), script, SMALL)
     finally:
         mapped.close()
 
@@ -204,4 +172,4 @@ def test_the_keys_can_be_read_to_the_end() -> None:
         await pilot.pause()
         assert "escape: back" in "\n".join(seen(app))
 
-    drive(script)
+    narrow(script)
