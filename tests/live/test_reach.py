@@ -140,7 +140,7 @@ def small_machine() -> Iterator[None]:
     for swap in swaps:
         assert libc.swapoff(swap) == 0
     # It works on its own when folios are rare: only while nothing else runs, then.
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in background_threads():
         if (process / "comm").read_text().startswith("kcompactd"):
             os.sched_setscheduler(int(process.name), os.SCHED_IDLE, os.sched_param(0))
     ballast, kept = Path("/proc/sys/vm/nr_hugepages"), Path("/proc/sys/vm/min_free_kbytes")
@@ -194,11 +194,29 @@ def counted(*names: str) -> int:
 
 
 def settle() -> None:
-    """Wait until the kernel's threads neither compact nor reclaim."""
+    """Wait until the kernel's threads neither compact nor reclaim.
+
+    A thread that is not running may have taken pages of the target off their list (isolate_migratepages_block(),
+    mm/compaction.c). Until it puts them back, a collapse of their ranges fails with PAGE_COUNT.
+    """
     before = -1
-    while (now := counted("compact_", "pgscan", "pgmigrate")) != before:
+    while (now := counted("compact_", "pgscan", "pgmigrate")) != before or counted("nr_isolated_") or busy():
         before = now
         time.sleep(0.5)
+
+
+def busy() -> bool:
+    """Return whether a thread that compacts or reclaims is at work."""
+    stats = (process.joinpath("stat").read_text() for process in background_threads())
+    return any(stat.rpartition(")")[2].split()[0] != "S" for stat in stats)
+
+
+def background_threads() -> Iterator[Path]:
+    """Yield the directory in /proc of each thread of the kernel that compacts or reclaims."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "comm").read_text().startswith(("kcompactd", "kswapd")):
+                yield process
 
 
 def covered(space: LiveAddressSpace, *, without: int = 0) -> float:
@@ -211,10 +229,10 @@ def collapsed(space: Counted, plan: SpacePlan) -> float:
     """Compact memory and carry out a plan, as often as that makes folios: the coverage then."""
     made = -1
     while made:
+        settle()
         Path("/proc/sys/vm/compact_memory").write_text("1")
         space.begin(fast=False)
-        report = carry_out(space, plan, MEANS)
-        made = report.tally(PMD_ORDER).made if report.tally(PMD_ORDER).failed else 0
+        made = carry_out(space, plan, MEANS).tally(PMD_ORDER).made
     return covered(space)
 
 
@@ -223,7 +241,6 @@ def fragmented(target: Actor, seed: int, thp_switches: ThpSwitches) -> Iterator[
     """Give a target small pages and huge ones with zeroes, among the pages of a program that fills the machine."""
     chance = random.Random(seed)
     kept = chance.choice([4, 8, 16]) * MIB
-    Path("/proc/sys/vm/min_free_kbytes").write_text(str(kept >> 10))
     ranges, huge = chance.choice([32, 40, 48]), chance.choice([0, 0, 4, 8])
     each = int(PMD_SIZE // PAGE_SIZE * chance.choice([1.0, 1.0, 0.9, 0.6]))
     least, more = 2 * kept + 16 * MIB, chance.choice([0, 8, 24, 48]) * MIB
@@ -242,6 +259,8 @@ def fragmented(target: Actor, seed: int, thp_switches: ThpSwitches) -> Iterator[
         target.tell("madvise", address, huge * PMD_SIZE, MADV_HUGEPAGE)
         target.write(address, 20 * huge, PMD_SIZE // PAGE_SIZE // 20)
         thp_switches.only()
+    # Each change of a switch sets it (set_recommended_min_free_kbytes(), mm/khugepaged.c).
+    Path("/proc/sys/vm/min_free_kbytes").write_text(str(kept >> 10))
 
     def fill() -> None:
         for at in range(ranges):
