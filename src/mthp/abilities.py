@@ -149,7 +149,7 @@ class OnMachine(Protocol):
 
     def free_memory(self) -> FreeMemory | None: ...
 
-    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None: ...
+    def memory_blocks(self, free: FreeMemory) -> MemoryBlocks | None: ...
 
 
 def free_memory(space: AddressSpace) -> FreeMemory | None:
@@ -157,13 +157,13 @@ def free_memory(space: AddressSpace) -> FreeMemory | None:
     return space.free_memory() if isinstance(space, OnMachine) else None
 
 
-def memory_blocks(space: AddressSpace, free: FreeMemory, order: int) -> MemoryBlocks | None:
-    """Return the contents of the blocks of `order` of the machine of `space`; None if unknown.
+def memory_blocks(space: AddressSpace, free: FreeMemory) -> MemoryBlocks | None:
+    """Return the contents of the memory of the machine of `space`, in blocks of the PMD order; None if unknown.
 
     Args:
         free: the machine's free memory, read before.
     """
-    return space.memory_blocks(free, order) if isinstance(space, OnMachine) else None
+    return space.memory_blocks(free) if isinstance(space, OnMachine) else None
 
 
 @runtime_checkable

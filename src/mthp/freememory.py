@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+COSTLY_ORDER = 3
+"""The largest order that the kernel does not call costly (PAGE_ALLOC_COSTLY_ORDER, include/linux/mmzone.h)."""
+
 
 @dataclass(frozen=True, slots=True)
 class FreeBlocks:
@@ -50,6 +53,8 @@ class FreeZone:
         listed: free pages in the lists of processors (struct per_cpu_pages), which are not in `blocks`. The kernel
             drains them before compaction or an allocation fails (__alloc_pages_direct_reclaim(), mm/page_alloc.c).
         unlisted: pages that the lists of one processor take until they are full (nr_pcp_high(), mm/page_alloc.c).
+        above: pages that must be free above `kept` before memory is compacted for an order above `COSTLY_ORDER`: the
+            low watermark counts, and not the ``min`` one (__compaction_suitable(), mm/compaction.c).
         frames: first frame, and the frame behind the last one.
     """
 
@@ -57,6 +62,7 @@ class FreeZone:
     kept: int
     listed: int = 0
     unlisted: int = 0
+    above: int = 0
     frames: tuple[int, int] = (0, 0)
 
     @property
@@ -90,6 +96,10 @@ class FreeMemory:
         """Pages that a process can free into the lists of its processor until they are full."""
         return sum(zone.unlisted for zone in self.zones)
 
+    def above(self, order: int) -> int:
+        """Return the pages that must be free above those that are kept before memory is compacted for `order`."""
+        return sum(zone.above for zone in self.zones) if order > COSTLY_ORDER else 0
+
     def folios(self, order: int) -> int:
         """Return the number of free folios of `order`, in zones that have one beyond what is kept."""
         return sum(_folios(zone.blocks, order) for zone in self.zones if zone.spare >> order)
@@ -101,6 +111,11 @@ class FreeMemory:
         return FreeMemory(tuple(replace(zone, kept=zone.kept - pages) if zone is most else zone for zone in self.zones))
 
 
+FREE, MOVES, STAYS, UNKNOWN = range(4)
+"""Kinds of pages: free; moved by compaction; in use for good; in the list of a processor or in use by the kernel, which
+is not visible."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryBlocks:
     """The memory of a machine, or a sample of it, in aligned blocks, ascending.
@@ -109,30 +124,44 @@ class MemoryBlocks:
         order: of the blocks.
         numbers: int64, shape (blocks,): first frame >> order.
         zone: int8, shape (blocks,): index in :attr:`FreeMemory.zones`.
-        free, movable: int64, shape (blocks,): pages that are free, and pages that compaction moves.
-        unknown: int64, shape (blocks,): pages in lists of processors, or in use by the kernel: which is not visible.
+        pages: int8, shape (blocks, 1 << order): kind of each page.
+        closed: bool, shape (blocks,): compaction moves no pages to it, because its migrate type is not Movable
+            (suitable_migration_target(), mm/compaction.c).
         weight: blocks of the machine that each stands for.
-
-    The other pages of a block stay.
+        stride: pages from one that compaction's scanner of free pages looks at to the next, at most
+            (COMPACT_CLUSTER_MAX, include/linux/swap.h).
     """
 
     order: int
     numbers: NDArray[np.int64]
     zone: NDArray[np.int8]
-    free: NDArray[np.int64]
-    movable: NDArray[np.int64]
-    unknown: NDArray[np.int64]
+    pages: NDArray[np.int8]
+    closed: NDArray[np.bool_]
     weight: int = 1
+    stride: int = 32
+
+    def count(self, kind: int) -> NDArray[np.int64]:
+        """Return the pages of a kind in each block: int64, shape (blocks,)."""
+        counts: NDArray[np.int64] = (self.pages == kind).sum(axis=1, dtype=np.int64)
+        return counts
+
+    def at(self, frames: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Return the index of each frame in the pages of all blocks, and whether its block is one of these."""
+        rows = np.minimum(np.searchsorted(self.numbers, frames >> self.order), max(0, len(self.numbers) - 1))
+        known = np.zeros(len(frames), np.bool_)
+        if len(self.numbers):
+            known = self.numbers[rows] == frames >> self.order
+        return (rows << self.order) + (frames & (1 << self.order) - 1), known
 
     def free_in(self, numbers: NDArray[np.int64], order: int) -> NDArray[np.int64]:
-        """Return the free pages in blocks of `order`: int64, shape (numbers,); 0 in blocks outside a sample.
+        """Return the free pages in blocks of `order`, at most that of these: int64, shape (numbers,).
 
         Args:
-            numbers: first frame >> order of each.
+            numbers: first frame >> order of each; 0 pages are free in blocks outside a sample.
         """
-        sums = np.append(np.cumsum(self.free) - self.free, self.free.sum())
-        first, end = (np.searchsorted(self.numbers, (numbers + at) << order - self.order) for at in (0, 1))
-        free: NDArray[np.int64] = sums[end] - sums[first]
+        first, known = self.at(numbers << order)
+        free = np.zeros(len(numbers), np.int64)
+        free[known] = (self.pages.reshape(-1, 1 << order)[first[known] >> order] == FREE).sum(axis=1)
         return free
 
 
@@ -158,6 +187,30 @@ def parse_free_memory(buddyinfo: str, zoneinfo: str) -> FreeMemory:
     )
 
 
+def parse_closed_blocks(pagetypeinfo: str) -> list[list[int]]:
+    """Return the free blocks by order, of the migrate types to which compaction moves nothing.
+
+    Args:
+        pagetypeinfo: text of ``/proc/pagetypeinfo``.
+
+    Returns:
+        Counts for each zone, in the order of the text, which is that of ``/proc/buddyinfo``. A count that the kernel
+        cut off (``>100000``, pagetypeinfo_showfree_print(), mm/vmstat.c) is the bound.
+    """
+    zones: dict[tuple[str, str], list[int]] = {}
+    for node, zone, kind, numbers in _TYPE.findall(pagetypeinfo):
+        counts = [int(word.lstrip(">")) for word in numbers.split()]
+        sums = zones.setdefault((node, zone), [0] * len(counts))
+        if kind not in _OPEN_TYPES:
+            zones[node, zone] = [first + second for first, second in zip(sums, counts, strict=False)]
+    return list(zones.values())
+
+
+_TYPE = re.compile(r"(?m)^Node\s+(\d+), zone\s+(\w+), type\s+(\w+)((?:\s+>?\d+)+)\s*$")
+
+_OPEN_TYPES = ("Movable", "CMA")
+"""Types of blocks to which compaction moves pages."""
+
 _Zone = tuple[int, str]
 """Number of the zone's node, and name of the zone."""
 
@@ -182,9 +235,9 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
             continue
         protection = re.search(r"protection: \(([^)]*)\)", part)
         reserve = max(map(int, re.findall(r"\d+", protection[1])), default=0) if protection else 0
-        boost, start, spanned = (
+        boost, low, start, spanned = (
             int(found[1]) if (found := re.search(rf"\b{name}\s+(\d+)", part)) else 0
-            for name in ("boost", "start_pfn:", "spanned")
+            for name in ("boost", "low", "start_pfn:", "spanned")
         )
         counts, full, full_older = (
             [int(number) for number in re.findall(rf"\b{name}:\s+(\d+)", part)]
@@ -199,6 +252,7 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
                 sum(counts),
                 # Linux 6.7 and later let the length float above high_min.
                 max([0, *(most - count for count, most in zip(counts, full or full_older, strict=False))]),
+                max(0, low - int(least[1])),
                 (start, start + spanned),
             ),
         )

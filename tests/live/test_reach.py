@@ -56,6 +56,9 @@ STATES = int(os.environ.get("MTHP_TEST_REACH_STATES", "3"))
 LEFT_BY_BALLAST = 600 * MIB
 """Bytes that may be fragmented: with more a state takes minutes on an emulated processor."""
 
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+"""Parameters of mallopt(3), from malloc.h."""
+
 HOG = """
 import array, ctypes, fcntl, mmap, os, random, sys
 seed, size, cushion, pinned, holes, run = map(int, sys.argv[1:7])
@@ -136,6 +139,9 @@ def small_machine() -> Iterator[None]:
     if meminfo("MemTotal") > SMALL_MACHINE:
         pytest.skip("fragments the memory of the whole machine: only in a guest")
     libc = ctypes.CDLL(None)
+    # Otherwise this process returns memory, and takes it again from a block that compaction has just made free.
+    for parameter, value in ((M_TRIM_THRESHOLD, 1 << 30), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1)):
+        assert libc.mallopt(parameter, value) == 1
     swaps = [line.split()[0].encode() for line in Path("/proc/swaps").read_text().splitlines()[1:]]
     for swap in swaps:
         assert libc.swapoff(swap) == 0

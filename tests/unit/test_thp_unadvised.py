@@ -33,7 +33,7 @@ class Unadvised(FakeSpace):
     def free_memory(self) -> FreeMemory | None:
         return None if self.free is None else FreeMemory((FreeZone((0, 0, 0, 0, self.free >> 16), 0),))
 
-    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
+    def memory_blocks(self, free: FreeMemory) -> MemoryBlocks | None:
         return None
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:

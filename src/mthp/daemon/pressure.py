@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from mthp.daemon.eagerness import Shortage
-from mthp.engine.packing import Packing
+from mthp.engine.packing import Freed, Packing
 from mthp.engine.reach import Steps, Supply, reachable
-from mthp.freememory import parse_buddyinfo
+from mthp.freememory import MOVES, MemoryBlocks, parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 from mthp.linux.headroom import free_memory, parse_meminfo
 from mthp.linux.kernelfiles import text_of
@@ -167,13 +167,20 @@ class MachineReach:
         steps = Steps(np.full(count, self._order, np.int8), np.zeros(count, np.int64), np.zeros(count, np.int64))
         ways = {"now": Supply(free)}
         flags = str(self._proc / "kpageflags")
-        if blocks := memory_blocks(free, self._order, self._order, most=REACH_FRAMES, path=flags):
-            # Pages of programs lie in all blocks with movable pages alike.
-            share = (count << self._order) / max(1, int(blocks.movable.sum()) * blocks.weight)
-            own = {self._order: np.minimum(share, 1.0) * blocks.movable}
-            ways["after_compaction"] = Supply(free, packing=Packing(free, blocks, own))
+        if blocks := memory_blocks(free, self._order, most=REACH_FRAMES, path=flags):
+            ways["after_compaction"] = Supply(free, packing=Packing(free, blocks, _scattered(blocks, count)))
         made = {way: int(reachable(steps, supply)[0].sum()) for way, supply in ways.items()}
         return {way: (huge + number * size) / max(1, anonymous) for way, number in made.items()}
+
+
+def _scattered(blocks: MemoryBlocks, count: int) -> Freed:
+    """Return pages that `count` folios free, if pages of programs lie in all blocks with movable pages alike."""
+    moves = blocks.numbers[:, None] * (1 << blocks.order) + np.arange(1 << blocks.order)
+    moves = moves[blocks.pages == MOVES]
+    share = (count << blocks.order) / max(1, len(moves) * blocks.weight)
+    chance = np.random.default_rng(0)
+    frames = moves[chance.random(len(moves)) < share]
+    return Freed(frames, chance.integers(0, max(1, count), len(frames)))
 
 
 def _some_avg10(path: Path) -> float:

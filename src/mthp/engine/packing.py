@@ -1,53 +1,61 @@
 """Predict how many free folios compaction makes of a machine's memory, while a plan takes and frees pages.
 
-Compaction has two scanners (compact_zone(), mm/compaction.c). One goes up from the start of a zone and takes all pages
-that can be moved; the other goes down from the end and takes free pages for them, until the two meet. Therefore
+Compaction of all memory, which a write to ``/proc/sys/vm/compact_memory`` starts, has two scanners (compact_zone(),
+mm/compaction.c). One goes up from the start of a zone and takes all pages that can be moved; the other goes down from
+the end and takes free pages for them, until the two meet. Therefore
 
 - below the meeting point, a block becomes free unless a page in it stays: one such page is enough;
-- free pages beside a page that stays are used above the meeting point, and lost below it.
+- free pages beside a page that stays are used above the meeting point, and lost below it;
+- the scanner of free pages overlooks some (:func:`_found`), which then keep the meeting point low.
 
-The pages that a plan frees lie among others, so each compaction meets further up, until one makes no block free. Memory
-is followed as an amount in each block and not page by page, which is enough for the sum over many blocks.
+The pages that a plan frees lie among others, so each compaction meets further up, until one makes no block free. The
+direct compaction of an allocation does less than this: it leaves out blocks in which it failed before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.freememory import FreeMemory, MemoryBlocks
+from mthp.freememory import COSTLY_ORDER, FREE, MOVES, STAYS, UNKNOWN, FreeMemory, MemoryBlocks
 
 MOST_COMPACTIONS = 100
 """Compactions after which a prediction ends. Most take less than ten."""
 
-_NONE = 0.5
-"""Pages below which a block has none: amounts are fractions."""
-
-_ALIKE = 4
-"""Unknown pages of a block that are taken to be unknown independently: those of one program lie together."""
-
 _FEW = 4
 """Unknown pages of a block up to which they count as listed, which are scattered: the kernel's own lie together."""
 
-_ROUNDED = 1e-3
-"""Share of a folio by which sums of fractions may miss it."""
+_NO_STEP = -1
+"""Step of a page that no step frees."""
 
-Amounts = NDArray[np.float64]
+Frames = NDArray[np.int64]
+Kinds = NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Freed:
+    """The pages that the steps of a plan free.
+
+    Attributes:
+        frame, step: int64 and intp, shape (frames,): frames, and the step that frees each.
+    """
+
+    frame: Frames
+    step: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class Trimmed:
-    """Folios that are trimmed before.
+    """The pages of folios that are trimmed before.
 
     Attributes:
-        pages, gains: int64, shape (blocks,): pages of these folios in each block, and those that become free.
+        freed, kept: int64: frames that become free, and frames that compaction then moves.
     """
 
-    pages: NDArray[np.int64]
-    gains: NDArray[np.int64]
+    freed: Frames
+    kept: Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,58 +78,45 @@ class Packing:
 
     Args:
         free: the free memory of the machine.
-        blocks: its memory in blocks of the plan's smallest order.
-        own: by order of a folio that is taken, the pages in each block that become free when all of the order are
-            made; float64, shape (blocks,).
+        blocks: its memory in blocks of the PMD order.
+        own: the pages that the plan frees.
         trimmed: what is trimmed before.
     """
 
-    def __init__(
-        self, free: FreeMemory, blocks: MemoryBlocks, own: Mapping[int, Amounts], trimmed: Trimmed | None = None
-    ) -> None:
+    def __init__(self, free: FreeMemory, blocks: MemoryBlocks, own: Freed, trimmed: Trimmed | None = None) -> None:
         self._zones, self._blocks = free.zones, blocks
-        size = 1 << blocks.order
-        stays = size - blocks.free - blocks.movable - blocks.unknown
-        listed = _listed(free, blocks)
-        self._free: Amounts = blocks.free + listed * blocks.unknown
-        self._movable: Amounts = blocks.movable.astype(np.float64)
-        # The probability that no page of a block stays.
-        self._sure: Amounts = np.where(stays > 0, 0.0, listed ** np.minimum(blocks.unknown, _ALIKE))
-        if trimmed is not None:
-            self._free += trimmed.gains
-            left = np.maximum(self._movable - trimmed.gains, trimmed.pages - trimmed.gains)
-            self._movable = np.where(trimmed.pages > 0, left, self._movable)
-            self._sure[trimmed.pages == size] = 1.0
-        # Pages move to blocks of the type Movable (suitable_migration_target(), mm/compaction.c). The type of a single
-        # block is not visible, but blocks with pages of programs nearly always have it.
-        self._target: NDArray[np.bool_] = (self._movable > 0) | (self._sure > 0)
-        self._own = {order: pages.copy() for order, pages in own.items()}
+        self._kinds = np.where(blocks.pages == UNKNOWN, STAYS, blocks.pages).astype(np.int8)
+        listed = _listed(free, blocks)[:, None] & (blocks.pages == UNKNOWN)
+        self._kinds[listed] = FREE
+        self._flat = self._kinds.reshape(-1)
+        for kind, frames in () if trimmed is None else ((FREE, trimmed.freed), (MOVES, trimmed.kept)):
+            at, known = blocks.at(frames)
+            self._flat[at[known]] = kind
+        at, known = blocks.at(own.frame)
+        self._step = np.full(len(self._flat), _NO_STEP, np.int32)
+        self._step[at[known]] = own.step[known]
 
-    def make(self, order: int, freed: NDArray[np.int64], bounds: Bounds, holes: float = 0.0) -> int:
+    def make(self, order: int, steps: NDArray[np.intp], bounds: Bounds, holes: float = 0.0) -> int:
         """Make folios of `order`; return the number that can be made.
 
         Args:
-            freed: pages of `own` that each planned folio frees.
+            steps: the steps that make them, in their order.
             holes: pages of each folio that become free again.
         """
         most = bounds.most
-        left = np.append(np.cumsum(freed[::-1])[::-1], 0)
         made = compactions = 0
         while made < most:
             able = self._able(order)
             if number := min(sum(able), most - made, bounds.at_once):
-                self._take(order, number, able, holes)
-                self._release(order, float(left[made] - left[made + number]) / max(1, int(left[made])))
+                self._take(order, number, able, int(holes))
+                self._release(steps[made : made + number])
                 made += number
                 if number == bounds.at_once:
                     break
                 continue
             compactions += 1
             most = min(most, max(made, bounds.compacted))
-            # The kernel first leaves out blocks in which a page stays (COMPACT_PRIO_ASYNC, mm/compaction.c).
-            self._compact(order, everywhere=False)
-            if not sum(self._able(order)):
-                self._compact(order, everywhere=True)
+            self._compact(order)
             if compactions > MOST_COMPACTIONS or not sum(self._able(order)):
                 break
         return made
@@ -130,83 +125,131 @@ class Packing:
         """Return the number of folios of `order` that each zone can supply without compaction."""
         counts = np.bincount(self._zone_of(order), self._empty(order), len(self._zones)) * self._blocks.weight
         return [
-            max(0, min(int(number + _ROUNDED), spare >> order))
+            max(0, min(int(number), spare >> order))
             for number, spare in zip(counts.tolist(), self._spare_by_zone(), strict=True)
         ]
 
     def _zone_of(self, order: int) -> NDArray[np.int8]:
         """Return the zone of each block of `order`."""
-        return self._blocks.zone[:: 1 << order - self._blocks.order]
+        return np.repeat(self._blocks.zone, 1 << self._blocks.order - order)
 
-    def _empty(self, order: int) -> Amounts:
-        """Return the probability that each block of `order` is free."""
-        empty = np.where(self._movable < _NONE, self._sure, 0.0)
-        least: Amounts = empty.reshape(-1, 1 << order - self._blocks.order).min(axis=1)
-        return least
+    def _empty(self, order: int) -> NDArray[np.bool_]:
+        """Return the blocks of `order` that are free."""
+        empty: NDArray[np.bool_] = (self._flat.reshape(-1, 1 << order) == FREE).all(axis=1)
+        return empty
 
-    def _take(self, order: int, count: int, able: list[int], holes: float) -> None:
+    def _take(self, order: int, count: int, able: list[int], holes: int) -> None:
         """Take `count` free blocks of `order`, from the last zone first, as the kernel does."""
-        empty, zones, parts = self._empty(order), self._zone_of(order), 1 << order - self._blocks.order
+        empty, zones, folios = self._empty(order), self._zone_of(order), self._flat.reshape(-1, 1 << order)
         for zone in reversed(range(len(able))):
             number = min(count, able[zone])
             count -= number
-            rows = np.flatnonzero((zones == zone) & (empty > 0))
-            sums = np.cumsum(empty[rows]) * self._blocks.weight
-            rows = rows[: int(np.searchsorted(sums, number - _ROUNDED)) + 1] if number else rows[:0]
-            taken = (rows[:, None] * parts + np.arange(parts)).ravel()
-            self._free[taken] = self._free[taken] * (1.0 - self._sure[taken]) + holes / parts
-            self._sure[taken] = 0.0
+            rows = np.flatnonzero(empty & (zones == zone))[: -(-number // self._blocks.weight)]
+            folios[rows] = STAYS
+            folios[rows, :holes] = FREE
 
-    def _release(self, order: int, share: float) -> None:
-        """Free this share of the pages that the folios of `order` still to be made will free."""
-        freed = self._own[order] * share
-        self._own[order] -= freed
-        self._movable = np.maximum(self._movable - freed, 0.0)
-        self._free += freed
+    def _release(self, steps: NDArray[np.intp]) -> None:
+        """Free the pages that some steps free."""
+        chosen = np.zeros(max(int(self._step.max(initial=0)), int(steps.max(initial=0))) + 2, np.bool_)
+        chosen[steps] = True
+        # The last is that of `_NO_STEP`.
+        freed = np.flatnonzero(chosen[self._step])
+        self._flat[freed], self._step[freed] = FREE, _NO_STEP
 
     def _spare_by_zone(self) -> list[int]:
         """Return the free pages of each zone beyond what is kept."""
-        sums = np.bincount(self._blocks.zone, self._free, len(self._zones)) * self._blocks.weight
+        free = (self._kinds == FREE).sum(axis=1)
+        sums = np.bincount(self._blocks.zone, free, len(self._zones)) * self._blocks.weight
         return [int(pages) - zone.kept for pages, zone in zip(sums.tolist(), self._zones, strict=True)]
 
-    def _compact(self, order: int, *, everywhere: bool) -> None:
+    def _compact(self, order: int) -> None:
         """Compact the zones with two folios of `order` free beyond what is kept (compact_gap(), mm/internal.h)."""
         for zone, spare in enumerate(self._spare_by_zone()):
             rows = np.flatnonzero(self._blocks.zone == zone)
-            if len(rows) and spare >= 2 << order:
-                self._compact_zone(slice(rows[0], rows[-1] + 1), everywhere=everywhere)
+            above = self._zones[zone].above if order > COSTLY_ORDER else 0
+            if len(rows) and spare - above >= 2 << order:
+                self._compact_zone(slice(rows[0], rows[-1] + 1))
 
-    def _compact_zone(self, zone: slice, *, everywhere: bool) -> None:
-        """Move pages up until the scanners meet: out of all blocks, or of those alone in which no page stays."""
-        free, movable = self._free[zone], self._movable[zone]
-        leaving = movable if everywhere else np.where(self._sure[zone] > 0, movable, 0.0)
-        # Pages are not moved to blocks that are free already.
-        room = np.where(self._target[zone], free, 0.0) * np.where(movable < _NONE, 1.0 - self._sure[zone], 1.0)
-        below = np.concatenate(([0.0], np.cumsum(leaving)))
-        above = np.concatenate((np.cumsum(room[::-1])[::-1], [0.0]))
-        met = int(np.flatnonzero(below <= above)[-1])
-        # The highest free pages are used first.
-        higher = above[met + 1 :]
-        used = np.clip(below[met] - higher, 0.0, room[met:])
-        for pages in self._own.values():
-            moved = np.minimum(pages[zone][:met], leaving[:met])
-            pages[zone][:met] -= moved
-            pages[zone][met:] += moved.sum() / max(below[met], 1.0) * used
-        free[:met] += leaving[:met]
-        movable[:met] -= leaving[:met]
-        movable[met:] += used
-        free[met:] -= used
+    def _compact_zone(self, zone: slice) -> None:
+        """Move pages up until the scanners meet."""
+        kinds, order = self._kinds[zone], self._blocks.order
+        sources = np.flatnonzero(kinds == MOVES)
+        targets = self._targets(kinds, self._blocks.closed[zone])[: len(sources)]
+        sources = sources[: len(targets)]
+        # The first pages move up, the last ones would move down.
+        number = int((sources >> order < targets >> order).sum())
+        sources, targets = sources[:number], targets[:number]
+        flat, steps = kinds.reshape(-1), self._step[zone.start << order : zone.stop << order]
+        flat[targets], flat[sources] = MOVES, FREE
+        steps[targets], steps[sources] = steps[sources], _NO_STEP
+
+    def _targets(self, kinds: Kinds, closed: NDArray[np.bool_]) -> Frames:
+        """Return the indexes of free pages in the order in which the scanner finds them (isolate_freepages())."""
+        free, order = kinds == FREE, self._blocks.order
+        whole = free.all(axis=1)
+        below = np.cumsum((kinds == MOVES).sum(axis=1)).tolist()
+        found, count, stride = [np.empty(0, np.int64)], 0, 1
+        for row in range(len(kinds) - 1, 0, -1):
+            # There is room for all pages of lower blocks.
+            if count >= below[row - 1]:
+                break
+            # Pages are not moved to blocks that are free already.
+            if closed[row] or whole[row]:
+                continue
+            pages = _found(free[row], stride)
+            stride = 1 if len(pages) else min(2 * stride, self._blocks.stride)
+            found.append((row << order) + pages)
+            count += len(pages)
+        return np.concatenate(found)
 
 
-def _listed(free: FreeMemory, blocks: MemoryBlocks) -> Amounts:
-    """Return the probability that the unknown pages of each block are in lists of processors: shape (blocks,)."""
+def _found(free: NDArray[np.bool_], stride: int) -> Frames:
+    """Return the free pages that the scanner finds in one block, ascending.
+
+    After a block without any it looks at half as many pages of the next, down to every 32nd. It takes a free block
+    only if it looks at its first page (isolate_freepages_block(); Linux kernel commit 4fca9730c51d, in v5.1).
+
+    Args:
+        free: bool, shape (pages,): free pages of the block.
+        stride: pages from one that it looks at to the next.
+    """
+    if stride == 1 or not free[::stride].any():
+        return np.flatnonzero(free[::stride])
+    sizes = _chunks(free).tolist()
+    begins, at = [np.empty(0, np.int64)], 0
+    while at < len(sizes):
+        if size := sizes[at]:
+            begins.append(np.arange(at, at + size))
+            at += size - 1
+        at += stride
+    return np.concatenate(begins)
+
+
+def _chunks(free: NDArray[np.bool_]) -> NDArray[np.int16]:
+    """Return the size of the free block that begins at each page, as the buddy allocator merges them; 0 elsewhere.
+
+    Args:
+        free: bool, shape (pages,): free pages of one block.
+    """
+    chunks: NDArray[np.int16] = free.astype(np.int16)
+    size = 1
+    while size < len(free):
+        # Two free halves of a larger block are one.
+        halves = chunks[:: 2 * size], chunks[size :: 2 * size]
+        both = (halves[0] == size) & (halves[1] == size)
+        halves[0][both], halves[1][both] = 2 * size, 0
+        size *= 2
+    return chunks
+
+
+def _listed(free: FreeMemory, blocks: MemoryBlocks) -> NDArray[np.bool_]:
+    """Return the blocks whose unknown pages count as pages in lists of processors: bool, shape (blocks,)."""
+    unknown = blocks.count(UNKNOWN)
     # A block with the kernel's pages alone hardly has any of these.
-    mixed = (blocks.free + blocks.movable > 0) & (blocks.unknown > 0)
-    listed = np.zeros(len(mixed))
+    mixed = (blocks.count(FREE) + blocks.count(MOVES) > 0) & (unknown > 0) & (unknown <= _FEW)
+    listed = np.zeros(len(mixed), np.bool_)
     for number, zone in enumerate(free.zones):
         rows = np.flatnonzero(mixed & (blocks.zone == number))
-        rows = rows[np.argsort(blocks.unknown[rows], kind="stable")]
-        unknown, pages = blocks.unknown[rows], zone.listed / blocks.weight
-        listed[rows] = min(1.0, pages / max(1, int(unknown.sum())))
-        listed[rows[(unknown <= _FEW) & (np.cumsum(unknown) <= pages)]] = 1.0
+        rows = rows[np.argsort(unknown[rows], kind="stable")]
+        listed[rows[np.cumsum(unknown[rows]) * blocks.weight <= zone.listed]] = True
     return listed

@@ -86,9 +86,8 @@ def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int
         if supply.packing is not None and count:
             # Compaction begins only with another folio's worth of free memory (compact_gap(), mm/internal.h).
             compacted = _count(_stops(steps, supply, done, rows, order, gap=1))
-            freed, holes = (1 << order) - steps.filled[rows] - steps.holes[rows], float(steps.holes[rows].mean())
             at_once = _at_once(supply, 1 << order)
-            made = supply.packing.make(order, freed, Bounds(count, compacted, at_once), holes)
+            made = supply.packing.make(order, rows, Bounds(count, compacted, at_once), float(steps.holes[rows].mean()))
             if made < count:
                 count = made
                 limit = Limit.KEPT if made >= compacted else Limit.ROOM if made == at_once else Limit.FOLIOS
@@ -128,7 +127,8 @@ def _stops(
         blocks = free.folios(order) - taken - np.arange(len(rows)) + int(merged[done].sum())
         blocks += np.append(0, np.cumsum(merged[rows]))[np.maximum(flushed, 0)]
         stops[blocks < 1] = _LIMITS.index(Limit.FOLIOS)
-    stops[spare - hidden < size << gap] = _LIMITS.index(Limit.KEPT)
+    above = free.above(order) if gap else 0
+    stops[spare - hidden - above < size << gap] = _LIMITS.index(Limit.KEPT)
     if supply.room is not None:
         stops[supply.room - grown - (hidden if supply.room_of_machine else 0) < size] = _LIMITS.index(Limit.ROOM)
     return stops

@@ -14,7 +14,7 @@ from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.engine.admission import room_of
 from mthp.engine.allowed import made_by, mechanisms_of
-from mthp.engine.packing import Packing, Trimmed
+from mthp.engine.packing import Freed, Packing, Trimmed
 from mthp.engine.reach import Limit, Steps, Supply, reachable
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import resident_in
@@ -94,7 +94,7 @@ def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progr
             f"{space.label}: the free memory of its machine cannot be seen", help="use a running process"
         )
     reaching = _Reaching(space, plan, means)
-    blocks = memory_blocks(space, free, reaching.smallest_order)
+    blocks = memory_blocks(space, free)
     now = reaching.reached(free, blocks, compacted=False)
     if blocks is None:
         return Reach(now, Reached.unknown(NO_BLOCKS), Reached.unknown(NO_BLOCKS))
@@ -115,13 +115,8 @@ class _Reaching:
         self._space, self._plan, self._geometry = space, plan, plan.geometry
         self._work = _work_of(space, plan, means)
         self._room: Room = room_of(space, means)
-        self._frames: _Frames | None = None
+        self._frames: Freed | None = None
         self._measured: dict[bytes, Coverage] = {}
-
-    @property
-    def smallest_order(self) -> int:
-        """Smallest order of the free blocks that the plan takes, up to the PMD order."""
-        return min(int(self._work.steps.order.min(initial=self._geometry.pmd_order)), self._geometry.pmd_order)
 
     def reached(
         self, free: FreeMemory, blocks: MemoryBlocks | None, *, compacted: bool = True, trim: TrimPlan | None = None
@@ -130,7 +125,7 @@ class _Reaching:
 
         Args:
             free: the machine's free memory.
-            blocks: its memory in blocks of `smallest_order`; None if unknown.
+            blocks: its memory in blocks of the PMD order; None if unknown.
             compacted: whether it is compacted, which takes `blocks`.
             trim: large folios that are trimmed before.
         """
@@ -161,9 +156,9 @@ class _Reaching:
         if self._frames is None:
             self._frames = _frames(self._space, self._work)
         if blocks is None or not compacted:
-            return replace(supply, merged=self._frames.merged(self._work.steps, blocks))
-        trimmed = None if trim is None else _trimmed(self._space, trim, blocks)
-        return replace(supply, packing=Packing(free, blocks, self._frames.own(self._work.steps, blocks), trimmed))
+            return replace(supply, merged=_merged(self._frames, self._work.steps, blocks))
+        trimmed = None if trim is None else _trimmed(self._space, trim)
+        return replace(supply, packing=Packing(free, blocks, self._frames, trimmed))
 
     def _coverage(self, chosen: NDArray[np.bool_]) -> Coverage:
         """Return the coverage after the chosen folios are made: bool, shape (folios,)."""
@@ -255,41 +250,24 @@ def _work_of(space: AddressSpace, plan: SpacePlan, means: Means) -> _Work:
     return _Work(Steps(taken[first].astype(np.int8), holes, filled), step_of, begins[first], pages)
 
 
-@dataclass(frozen=True)
-class _Frames:
-    """The frames of the steps' memory.
+def _merged(freed: Freed, steps: Steps, blocks: MemoryBlocks | None) -> dict[int, NDArray[np.int64]]:
+    """Return by order the blocks that become completely free with each step: int64, shape (steps,).
 
-    Attributes:
-        frame, step: int64 and intp, shape (frames,): frames, and the step that frees each.
+    Args:
+        blocks: the machine's memory; None if unknown, then only blocks that lie in frames of steps are counted.
     """
-
-    frame: NDArray[np.int64]
-    step: NDArray[np.intp]
-
-    def merged(self, steps: Steps, blocks: MemoryBlocks | None) -> dict[int, NDArray[np.int64]]:
-        """Return by order the blocks that become completely free with each step: int64, shape (steps,).
-
-        Args:
-            blocks: the machine's memory; None if unknown, then only blocks that lie in frames of steps are counted.
-        """
-        merged = {}
-        for order in np.unique(steps.order).tolist():
-            ids, number, frames = np.unique(self.frame >> order, return_inverse=True, return_counts=True)
-            whole = frames + (0 if blocks is None else blocks.free_in(ids, order)) == 1 << order
-            last = np.zeros(len(ids), np.int64)
-            np.maximum.at(last, number, self.step)
-            merged[order] = np.bincount(last[whole], minlength=len(steps))
-        return merged
-
-    def own(self, steps: Steps, blocks: MemoryBlocks) -> dict[int, NDArray[np.float64]]:
-        """Return by order of the steps the pages that they free in each of `blocks`."""
-        return {
-            order: _in_blocks(self.frame[steps.order[self.step] == order], blocks).astype(np.float64)
-            for order in np.unique(steps.order).tolist()
-        }
+    merged = {}
+    for order in np.unique(steps.order).tolist():
+        ids, number, frames = np.unique(freed.frame >> order, return_inverse=True, return_counts=True)
+        known = blocks is not None and order <= blocks.order
+        whole = frames + (blocks.free_in(ids, order) if blocks is not None and known else 0) == 1 << order
+        last = np.zeros(len(ids), np.int64)
+        np.maximum.at(last, number, freed.step)
+        merged[order] = np.bincount(last[whole], minlength=len(steps))
+    return merged
 
 
-def _frames(space: AddressSpace, work: _Work) -> _Frames:
+def _frames(space: AddressSpace, work: _Work) -> Freed:
     """Return the present frames of some steps; none if frames cannot be read."""
     page_size = space.geometry.page_size
     by_address = np.argsort(work.begins)
@@ -309,24 +287,17 @@ def _frames(space: AddressSpace, work: _Work) -> _Frames:
         frames.append(columns.pfn[own].astype(np.int64))
         rows = np.searchsorted(firsts, page_numbers(columns, page_size, np.flatnonzero(own)), side="right") - 1
         at.append(by_address[rows])
-    return _Frames(np.concatenate(frames), np.concatenate(at))
+    return Freed(np.concatenate(frames), np.concatenate(at))
 
 
-def _trimmed(space: AddressSpace, trim: TrimPlan, blocks: MemoryBlocks) -> Trimmed:
-    """Return the pages of the folios of `trim` in each of `blocks`."""
+def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
+    """Return the pages of the folios of `trim`."""
     page_size = space.geometry.page_size
-    chosen = sorted((address, order, gain) for (address, order), gain in zip(trim.folios, trim.gains, strict=True))
-    pfn = space.read([(address, address + page_size) for address, _, _ in chosen]).pfn
-    pages = gains = np.zeros(len(blocks.numbers), np.int64)
-    for head, (_, order, gain) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
-        pages = pages + _in_blocks(np.arange(head, head + (1 << order)), blocks)
-        gains = gains + _in_blocks(np.arange(head, head + gain), blocks)
-    return Trimmed(pages, gains)
-
-
-def _in_blocks(frames: NDArray[np.int64], blocks: MemoryBlocks) -> NDArray[np.int64]:
-    """Return the number of `frames` in each of `blocks`: int64, shape (blocks,)."""
-    numbers = frames >> blocks.order
-    at = np.minimum(np.searchsorted(blocks.numbers, numbers), len(blocks.numbers) - 1)
-    found = blocks.numbers[at] == numbers
-    return np.bincount(at[found], minlength=len(blocks.numbers))
+    chosen = sorted(zip(trim.folios, trim.zero, trim.gains, strict=True), key=lambda folio: folio[0])
+    pfn = space.read([(address, address + page_size) for (address, _), _, _ in chosen]).pfn
+    freed, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for head, (_, zero, gain) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
+        given_back = np.flatnonzero(zero)[:gain]
+        freed.append(head + given_back)
+        kept.append(head + np.delete(np.arange(len(zero)), given_back))
+    return Trimmed(np.concatenate(freed), np.concatenate(kept))

@@ -140,8 +140,8 @@ class LiveAddressSpace(ProcessSpace):
     def free_memory(self) -> FreeMemory | None:
         return free_memory()
 
-    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
-        return memory_blocks(free, order, self._geometry.pmd_order)
+    def memory_blocks(self, free: FreeMemory) -> MemoryBlocks | None:
+        return memory_blocks(free, self._geometry.pmd_order)
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
         # Imported here: DAMON uses the switch journal, which reading alone does not need.

@@ -1,18 +1,23 @@
 """Read what lies in the blocks of a machine's memory: free pages, pages that compaction moves, and pages that stay.
 
 A page that compaction cannot move keeps its block from becoming one folio, however much is free elsewhere. The migrate
-type of the block (/proc/pagetypeinfo) does not show this: once memory was short, the kernel's own pages lie in blocks
-of the type Movable as well (__rmqueue_steal(), mm/page_alloc.c). ``/proc/kpageflags`` shows it page by page.
+type of the block does not show this: once memory was short, the kernel's own pages lie in blocks of the type Movable
+as well (__rmqueue_steal(), mm/page_alloc.c). ``/proc/kpageflags`` shows it page by page.
+
+But compaction moves pages to blocks of the type Movable alone. The type of a block is not visible, but
+``/proc/pagetypeinfo`` counts the free blocks of each type by order: those of a block of another type are among them.
 
 Pinned pages look like others, and are counted as movable.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.freememory import FreeMemory, MemoryBlocks
+from mthp.freememory import FREE, MOVES, STAYS, UNKNOWN, FreeMemory, MemoryBlocks, parse_closed_blocks
 from mthp.linux import abi
 from mthp.linux.framewords import BLOCK_FRAMES, FrameWords
 from mthp.linux.kpageflags import KPAGEFLAGS
@@ -39,47 +44,86 @@ class MemoryBlockReader(FrameWords):
 
     def __init__(self, pmd_order: int, path: str = KPAGEFLAGS) -> None:
         super().__init__(path)
-        self._pmd_order = pmd_order
+        self._order = pmd_order
+        self._types = Path(path).with_name("pagetypeinfo")
 
-    def read(self, free: FreeMemory, order: int, most: int = MOST_FRAMES) -> MemoryBlocks:
-        """Return the blocks of `order` in the zones of `free`.
+    def read(self, free: FreeMemory, most: int = MOST_FRAMES) -> MemoryBlocks:
+        """Return the blocks of the PMD order in the zones of `free`.
 
         Args:
-            order: at most the PMD order.
             most: frames to read at most.
         """
-        top = self._pmd_order
-        spans = [(zone.frames[0] >> top, -(-zone.frames[1] >> top)) for zone in free.zones]
-        weight = max(1, -(-sum(end - start for start, end in spans) // max(1, most >> top)))
+        order = self._order
+        spans = [(zone.frames[0] >> order, -(-zone.frames[1] >> order)) for zone in free.zones]
+        weight = max(1, -(-sum(end - start for start, end in spans) // max(1, most >> order)))
         ranges = [np.arange(start, end, weight) for start, end in spans]
         # A block that two zones share is counted once.
-        large, first = np.unique(np.concatenate([*ranges, np.empty(0, np.int64)]), return_index=True)
+        numbers, first = np.unique(np.concatenate([*ranges, np.empty(0, np.int64)]), return_index=True)
         zone = np.repeat(np.arange(len(spans)), [len(numbers) for numbers in ranges])[first].astype(np.int8)
-        step = max(1, BLOCK_FRAMES >> top)
-        pieces = [self._counted(large[at : at + step], order) for at in range(0, len(large), step)]
-        counts = np.concatenate([np.empty((0, 3), np.int64), *pieces])
-        parts = 1 << top - order
-        numbers = (large[:, None] * parts + np.arange(parts)).ravel()
-        return MemoryBlocks(order, numbers, np.repeat(zone, parts), counts[:, 0], counts[:, 1], counts[:, 2], weight)
+        step = max(1, BLOCK_FRAMES >> order)
+        pieces = [self._kinds(numbers[at : at + step]) for at in range(0, len(numbers), step)]
+        pages = np.concatenate([np.empty((0, 1 << order), np.int8), *pieces])
+        return MemoryBlocks(order, numbers, zone, pages, self._closed(zone, pages, weight), weight)
 
-    def _counted(self, large: NDArray[np.int64], order: int) -> NDArray[np.int64]:
-        """Return free, movable and unknown pages of the blocks of `order` in `large`: int64, shape (blocks, 3)."""
-        size = 1 << self._pmd_order
-        words = self._load(large << self._pmd_order, np.full(len(large), size)).reshape(-1, size)
-        free = (words & _FREE) != 0
-        movable = ((words & _MOVABLE) != 0) & ~free & ((words & _HUGETLB) == 0)
-        movable[(words[:, 1:] & _TAIL).all(axis=1)] = False
-        each = (-1, 1 << order)
-        return np.stack([bits.reshape(each).sum(axis=1) for bits in (free, movable, words == 0)], axis=1)
+    def _kinds(self, numbers: NDArray[np.int64]) -> NDArray[np.int8]:
+        """Return the kinds of the pages of some blocks: int8, shape (numbers, pages)."""
+        size = 1 << self._order
+        words = self._load(numbers << self._order, np.full(len(numbers), size)).reshape(-1, size)
+        moves = ((words & _MOVABLE) != 0) & ((words & _HUGETLB) == 0)
+        moves[(words[:, 1:] & _TAIL).all(axis=1)] = False
+        return np.select([(words & _FREE) != 0, moves, words == 0], [FREE, MOVES, UNKNOWN], STAYS).astype(np.int8)
+
+    def _closed(self, zone: NDArray[np.int8], pages: NDArray[np.int8], weight: int) -> NDArray[np.bool_]:
+        """Return the blocks to which compaction moves nothing: bool, shape (blocks,).
+
+        Args:
+            zone, pages: of the blocks, as in MemoryBlocks.
+            weight: blocks that each stands for.
+        """
+        free, moves = pages == FREE, (pages == MOVES).sum(axis=1)
+        others = pages.shape[1] - free.sum(axis=1) - moves
+        mixed: NDArray[np.bool_] = free.any(axis=1) & (others > 0)
+        try:
+            types = parse_closed_blocks(self._types.read_text())
+        except OSError:
+            # Blocks with pages of programs nearly always have the type Movable.
+            mixed &= moves == 0
+            return mixed
+        closed = np.zeros(len(zone), np.bool_)
+        by_order = _free_blocks(free)
+        for number, counts in enumerate(types):
+            left = np.zeros(by_order.shape[1], np.int64)
+            left[: len(counts)] = [count // weight for count in counts[: len(left)]]
+            rows = np.flatnonzero(mixed & (zone == number))
+            # Those with the most pages that stay first.
+            for row in rows[np.argsort(-others[rows], kind="stable")].tolist():
+                if (by_order[row] <= left).all():
+                    left -= by_order[row]
+                    closed[row] = True
+        return closed
+
+
+def _free_blocks(free: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the number of free blocks by order, as the buddy allocator merges them: int64, shape (rows, orders).
+
+    Args:
+        free: bool, shape (rows, pages): free pages.
+    """
+    counts = []
+    while free.shape[1] > 1:
+        both = free[:, ::2] & free[:, 1::2]
+        counts.append(free.sum(axis=1) - 2 * both.sum(axis=1))
+        free = both
+    return np.stack([*counts, free[:, 0]], axis=1).astype(np.int64)
 
 
 def memory_blocks(
-    free: FreeMemory, order: int, pmd_order: int, *, most: int = MOST_FRAMES, path: str = KPAGEFLAGS
+    free: FreeMemory, pmd_order: int, *, most: int = MOST_FRAMES, path: str = KPAGEFLAGS
 ) -> MemoryBlocks | None:
-    """Return the blocks of `order` in the zones of `free`; None without the rights."""
+    """Return the blocks of the PMD order in the zones of `free`; None without the rights."""
     try:
         reader = MemoryBlockReader(pmd_order, path)
     except OSError:
         return None
     with reader:
-        return reader.read(free, order, most)
+        return reader.read(free, most)

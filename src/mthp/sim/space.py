@@ -109,8 +109,8 @@ class SimSpace(AddressSpace):
         """The machine's, from the files that it prints."""
         return parse_free_memory(buddyinfo(self._parts), zoneinfo(self._parts))
 
-    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks:
-        return memory_blocks(self._parts, order)
+    def memory_blocks(self, free: FreeMemory) -> MemoryBlocks:
+        return memory_blocks(self._parts)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         """Return the parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,22 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.cli import main
 from mthp.cli.render.planned import reach_table
-from mthp.engine.packing import Packing
+from mthp.engine.packing import Freed, Packing
 from mthp.engine.planning import plan_space
 from mthp.engine.reach import Limit, Steps, Supply, reachable
 from mthp.engine.reached import NO_BLOCKS, reach_of
 from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError
-from mthp.freememory import FreeMemory, FreeZone, MemoryBlocks, parse_free_memory
+from mthp.freememory import (
+    FREE,
+    MOVES,
+    STAYS,
+    UNKNOWN,
+    FreeMemory,
+    FreeZone,
+    MemoryBlocks,
+    parse_free_memory,
+)
 from mthp.linux.headroom import free_memory
 from mthp.means import Means
 from mthp.ptes import Pte
@@ -62,7 +72,7 @@ Node 0, zone   Normal
 def test_the_texts_of_linux_are_read_zone_by_zone() -> None:
     dma, normal = parse_free_memory(BUDDYINFO, ZONEINFO).zones
     assert (dma.kept, dma.spare) == (100, 0)
-    assert normal == FreeZone((8, 3, 0, 2), 5, listed=9, unlisted=5, frames=(64, 128))
+    assert normal == FreeZone((8, 3, 0, 2), 5, listed=9, unlisted=5, above=1, frames=(64, 128))
     free = FreeMemory((dma, normal))
     assert [free.folios(order) for order in (1, 2, 3)] == [11, 4, 2]
     assert (free.listed, free.unlisted) == (9, 5)
@@ -105,12 +115,21 @@ def test_each_step_takes_a_block_and_leaves_small_pages() -> None:
     assert made(work, Supply(free(90, 0, 0, 2), merged=merged)) == (3, {Limit.FOLIOS})
 
 
-def packing(memory: FreeMemory, *counts: tuple[int, int], own: Sequence[int] = (), weight: int = 1) -> Packing:
-    """Blocks of 8 pages, each with a number of free and of movable pages; the others stay."""
-    columns = np.array(counts, np.int64)
-    numbers, zeros = np.arange(len(counts)), np.zeros(len(counts), np.int64)
-    blocks = MemoryBlocks(3, numbers, zeros.astype(np.int8), columns[:, 0], columns[:, 1], zeros, weight)
-    return Packing(memory, blocks, {3: np.array(own or zeros, np.float64)})
+def memory_of(*blocks: str, weight: int = 1) -> MemoryBlocks:
+    """Return blocks of 8 pages: F is free, M moves, S stays, U is unknown; a block in lower case is closed."""
+    kinds = {"F": FREE, "M": MOVES, "S": STAYS, "U": UNKNOWN}
+    pages = np.array([[kinds[page] for page in block.upper()] for block in blocks], np.int8)
+    closed = np.array([block.islower() for block in blocks])
+    return MemoryBlocks(3, np.arange(len(blocks)), np.zeros(len(blocks), np.int8), pages, closed, weight)
+
+
+def freed(*by_step: Sequence[int]) -> Freed:
+    steps = [step for step, frames in enumerate(by_step) for _ in frames]
+    return Freed(np.array([frame for frames in by_step for frame in frames], np.int64), np.array(steps, np.intp))
+
+
+def packing(memory: FreeMemory, *blocks: str, own: Sequence[Sequence[int]] = (), weight: int = 1) -> Packing:
+    return Packing(memory, memory_of(*blocks, weight=weight), freed(*own))
 
 
 def compacted(work: Steps, memory: FreeMemory, packed: Packing, room: int | None = None) -> tuple[int, set[Limit]]:
@@ -119,46 +138,66 @@ def compacted(work: Steps, memory: FreeMemory, packed: Packing, room: int | None
 
 def test_compaction_makes_blocks_of_what_is_free_where_memory_moves() -> None:
     work, memory = steps(3, 5), free(90, kept=-90)
-    assert compacted(work, memory, packing(memory, *[(4, 4)] * 2)) == (1, {Limit.FOLIOS})
-    assert compacted(work, memory, packing(memory, *[(2, 6)] * 4)) == (1, {Limit.FOLIOS})
-    assert compacted(work, memory, packing(memory, *[(2, 6)] * 3)) == (0, {Limit.FOLIOS})
-    # The pages that folios free become free folios again.
-    assert compacted(work, memory, packing(memory, *[(2, 6)] * 9, own=[6, 6, 6, 6, 6, 6, 2, 1, 1])) == (
-        5,
-        {Limit.NOTHING},
-    )
+    assert compacted(work, memory, packing(memory, *["MMMMFFFF"] * 2)) == (1, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["MMMMMMFF"] * 4)) == (1, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["MMMMMMFF"] * 3)) == (0, {Limit.FOLIOS})
+    # The pages that folios free become free folios again, wherever compaction moved them.
+    own = [range(8 * block, 8 * block + 8) for block in range(1, 6)]
+    moved = packing(memory, "MMMMFFFF", *["M" * 8] * 5, "MMMMFFFF", own=own)
+    assert compacted(work, memory, moved) == (5, {Limit.NOTHING})
     # It needs two blocks' worth of free memory (compact_gap).
     short = free(15)
-    assert compacted(work, short, packing(short, *[(4, 4)] * 3)) == (0, {Limit.KEPT})
+    assert compacted(work, short, packing(short, *["MMMMFFFF"] * 3)) == (0, {Limit.KEPT})
 
 
 def test_a_page_that_stays_keeps_its_block_from_becoming_a_folio() -> None:
     work, memory = steps(3, 5), free(90, kept=-90)
     # The scanners meet after two blocks, in which a page stays.
-    assert compacted(work, memory, packing(memory, *[(4, 3)] * 4)) == (0, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["SMMMFFFF"] * 4)) == (0, {Limit.FOLIOS})
     # Free pages beside it are of use above the block that is emptied, and lost below.
-    assert compacted(work, memory, packing(memory, (4, 4), (4, 4), *[(4, 3)] * 2)) == (2, {Limit.FOLIOS})
-    assert compacted(work, memory, packing(memory, *[(4, 3)] * 2, (4, 4), (4, 4))) == (1, {Limit.FOLIOS})
-    # Pages are not moved to blocks of the kernel alone.
-    assert compacted(work, memory, packing(memory, (4, 4), (4, 4), (4, 0), (4, 0))) == (1, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["MMMMFFFF"] * 2, *["SMMMFFFF"] * 2)) == (2, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["SMMMFFFF"] * 2, *["MMMMFFFF"] * 2)) == (0, {Limit.FOLIOS})
+
+
+def test_pages_are_moved_to_blocks_of_the_type_movable_alone() -> None:
+    work, memory = steps(3, 5), free(90, kept=-90)
+    assert compacted(work, memory, packing(memory, *["MMMMFFFF"] * 2, *["SSSSFFFF"] * 2)) == (2, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["MMMMFFFF"] * 2, *["ssssffff"] * 2)) == (1, {Limit.FOLIOS})
+
+
+def test_after_blocks_without_free_pages_the_scanner_overlooks_free_pages() -> None:
+    work, memory = steps(3, 1), free(90, kept=-90)
+    low, full, odd, even = "MMMMMMMF", "MMMMMMMM", "MFFMMMMM", "FFMMFFMM"
+    # It looks at every page, at every second and so on, until it finds one.
+    assert compacted(work, memory, packing(memory, low, odd, odd, odd, odd)) == (1, {Limit.NOTHING})
+    assert compacted(work, memory, packing(memory, low, odd, odd, odd, odd, full)) == (1, {Limit.NOTHING})
+    assert compacted(work, memory, packing(memory, low, odd, odd, odd, odd, full, full)) == (0, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, low, even, even, even, full, full)) == (1, {Limit.NOTHING})
+
+
+def test_costly_orders_are_compacted_above_the_low_watermark_alone() -> None:
+    zone = FreeZone((), 0, above=8)
+    pages = np.array([[MOVES] * 8 + [FREE] * 8] * 4, np.int8)
+    blocks = MemoryBlocks(4, np.arange(4), np.zeros(4, np.int8), pages, np.zeros(4, np.bool_))
+    for above, result in ((0, (1, {Limit.NOTHING})), (1, (0, {Limit.KEPT}))):
+        memory = FreeMemory((replace(zone, blocks=(32,), above=above),))
+        assert compacted(steps(4, 1), memory, Packing(memory, blocks, freed())) == result
 
 
 def test_unknown_pages_are_free_if_they_are_few_and_the_lists_of_processors_hold_as_many() -> None:
-    work, numbers, zero = steps(3, 5), np.arange(4), np.zeros(4, np.int64)
+    work = steps(3, 5)
 
-    def with_listed(listed: int, *unknown: int) -> int:
+    def with_listed(listed: int, *blocks: str) -> int:
         memory = FreeMemory((FreeZone((90,), -90, listed=listed),))
-        columns = (np.full(4, 4, np.int64), 4 - np.array(unknown), np.array(unknown))
-        blocks = MemoryBlocks(3, numbers, zero.astype(np.int8), *columns)
-        return compacted(work, memory, Packing(memory, blocks, {3: zero.astype(np.float64)}))[0]
+        return compacted(work, memory, packing(memory, *blocks))[0]
 
-    assert with_listed(2, 1, 1, 0, 0) == 2
-    assert with_listed(0, 1, 1, 1, 1) == 0
+    assert with_listed(2, "UMMMFFFF", "UMMMFFFF", "MMMMFFFF", "MMMMFFFF") == 2
+    assert with_listed(0, *["UMMMFFFF"] * 4) == 0
 
 
 def test_a_sample_stands_for_the_memory_of_the_machine() -> None:
     work, memory = steps(3, 50), free(900, kept=-900)
-    assert compacted(work, memory, packing(memory, *[(4, 4)] * 4, weight=10)) == (20, {Limit.FOLIOS})
+    assert compacted(work, memory, packing(memory, *["MMMMFFFF"] * 4, weight=10)) == (20, {Limit.FOLIOS})
 
 
 def test_pages_in_lists_of_processors_are_out_of_sight_until_compaction() -> None:
@@ -172,7 +211,7 @@ def test_pages_in_lists_of_processors_are_out_of_sight_until_compaction() -> Non
     assert made(work, Supply(free(90, 0, 0, 1), merged=merged)) == (5, {Limit.NOTHING})
     assert made(work, Supply(free(90, 0, 0, 1), merged=merged, hidden=8)) == (1, {Limit.FOLIOS})
     assert made(work, Supply(free(90, 0, 0, 2), merged=merged, hidden=8)) == (5, {Limit.NOTHING})
-    full = [(8, 0)] * 9
+    full = ["F" * 8] * 9
     assert compacted(work, plenty, packing(plenty, *full), room=24) == (3, {Limit.ROOM})
     assert compacted(work, plenty, packing(plenty, *full), room=28) == (5, {Limit.NOTHING})
 
@@ -205,7 +244,7 @@ class OnMachine(FakeSpace):
     def free_memory(self) -> FreeMemory | None:
         return self._free
 
-    def memory_blocks(self, free: FreeMemory, order: int) -> MemoryBlocks | None:
+    def memory_blocks(self, free: FreeMemory) -> MemoryBlocks | None:
         return self._blocks
 
 
@@ -223,8 +262,10 @@ def test_what_cannot_be_known_has_its_reason() -> None:
     assert (reach.now.coverage, reach.now.size) == (0.5, 2 << 20)
     assert reach.now.limit == "no free folio of 2M is left"
     assert (reach.compacted.coverage, reach.compacted.limit) == (None, NO_BLOCKS)
-    one = np.array([512])
-    known = OnMachine(space.free_memory(), MemoryBlocks(9, one * 0, np.zeros(1, np.int8), one, one * 0, one * 0))
+    one = np.zeros(1, np.int8)
+    known = OnMachine(
+        space.free_memory(), MemoryBlocks(9, one.astype(np.int64), one, np.full((1, 512), FREE, np.int8), one > 0)
+    )
     trimmed = reach_of(known, plan, Means()).trimmed
     assert trimmed.coverage is None
     assert "no contents" in trimmed.limit

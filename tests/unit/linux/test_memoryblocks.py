@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from mthp.freememory import FreeMemory, FreeZone
+from mthp.freememory import FREE, MOVES, STAYS, UNKNOWN, FreeMemory, FreeZone
 from mthp.linux import abi
 from mthp.linux.memoryblocks import memory_blocks
 
 PMD_ORDER = 3
-FREE, USED, KERNEL = abi.KPF_BUDDY, abi.KPF_LRU | abi.KPF_ANON, 1 << 7
+BUDDY, USED, KERNEL = abi.KPF_BUDDY, abi.KPF_LRU | abi.KPF_ANON, 1 << 7
 HEAD, TAIL = USED | abi.KPF_COMPOUND_HEAD, abi.KPF_ANON | abi.KPF_COMPOUND_TAIL
 MEMORY = FreeMemory((FreeZone((), 0, frames=(0, 12)), FreeZone((), 0, frames=(12, 32))))
 BLOCKS = [
-    [FREE] * 4 + [USED] * 2 + [KERNEL, 0],
+    [BUDDY] * 4 + [USED] * 2 + [KERNEL, 0],
     [HEAD, *[TAIL] * 7],
-    [HEAD, *[TAIL] * 3, FREE, FREE, 0, 0],
+    [HEAD, *[TAIL] * 3, BUDDY, BUDDY, 0, 0],
     [abi.KPF_THP | abi.KPF_COMPOUND_TAIL, abi.KPF_HUGE | HEAD, *[abi.KPF_NOPAGE] * 6],
 ]
 
@@ -28,27 +29,60 @@ def flags(path: Path) -> str:
 
 
 def test_pages_are_free_move_stay_or_are_unknown(tmp_path: Path) -> None:
-    blocks = memory_blocks(MEMORY, PMD_ORDER, PMD_ORDER, path=flags(tmp_path))
+    blocks = memory_blocks(MEMORY, PMD_ORDER, path=flags(tmp_path))
     assert blocks is not None
-    assert blocks.free.tolist() == [4, 0, 2, 0]
+    assert blocks.pages[0].tolist() == [FREE] * 4 + [MOVES] * 2 + [STAYS, UNKNOWN]
     # A folio of the PMD order does not move, nor does one of hugetlbfs.
-    assert blocks.movable.tolist() == [2, 0, 4, 1]
-    assert blocks.unknown.tolist() == [1, 0, 2, 0]
+    assert [blocks.count(kind).tolist() for kind in (FREE, MOVES, UNKNOWN)] == [
+        [4, 0, 2, 0],
+        [2, 0, 4, 1],
+        [1, 0, 2, 0],
+    ]
     assert (blocks.numbers.tolist(), blocks.zone.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
-
-
-def test_smaller_blocks_are_parts_of_those(tmp_path: Path) -> None:
-    blocks = memory_blocks(MEMORY, 2, PMD_ORDER, path=flags(tmp_path))
-    assert blocks is not None
-    assert blocks.free.tolist() == [4, 0, 0, 0, 0, 2, 0, 0]
-    assert blocks.zone.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert blocks.free_in(np.array([0, 1, 5, 9]), 2).tolist() == [4, 0, 2, 0]
 
 
 def test_of_much_memory_a_sample_is_read(tmp_path: Path) -> None:
-    blocks = memory_blocks(MEMORY, PMD_ORDER, PMD_ORDER, most=16, path=flags(tmp_path))
+    blocks = memory_blocks(MEMORY, PMD_ORDER, most=16, path=flags(tmp_path))
     assert blocks is not None
     assert (blocks.weight, blocks.numbers.tolist()) == (3, [0, 1])
 
 
 def test_without_the_right_to_read_nothing_is_known(tmp_path: Path) -> None:
-    assert memory_blocks(MEMORY, PMD_ORDER, PMD_ORDER, path=str(tmp_path / "nothing")) is None
+    assert memory_blocks(MEMORY, PMD_ORDER, path=str(tmp_path / "nothing")) is None
+
+
+PAGE_TYPES = """\
+Free pages count per migrate type at order      0      1      2      3
+Node    0, zone      DMA, type    Unmovable      0      0{0:7d}      0
+Node    0, zone      DMA, type      Movable      0      9      9      9
+Node    0, zone   Normal, type      Movable      0      0      0      0
+Node    0, zone   Normal, type  Reclaimable      0{1:7d}      0 >100000
+Node    0, zone   Normal, type          CMA      0      9      0      0
+
+Number of blocks type     Unmovable      Movable  Reclaimable   HighAtomic      Isolate
+Node 0, zone      DMA            1            7            0            0            0
+"""
+
+
+@pytest.mark.parametrize(
+    ("unmovable", "reclaimable", "closed"),
+    [(0, 0, []), (1, 0, [0]), (0, 1, [2]), (2, 2, [0, 2])],
+)
+def test_compaction_moves_nothing_to_blocks_whose_free_pages_are_of_another_type(
+    tmp_path: Path, unmovable: int, reclaimable: int, closed: list[int]
+) -> None:
+    (tmp_path / "pagetypeinfo").write_text(PAGE_TYPES.format(unmovable, reclaimable))
+    blocks = memory_blocks(MEMORY, PMD_ORDER, path=flags(tmp_path))
+    assert blocks is not None
+    assert np.flatnonzero(blocks.closed).tolist() == closed
+
+
+def test_without_types_blocks_without_pages_that_move_are_taken_for_such(tmp_path: Path) -> None:
+    path = Path(flags(tmp_path))
+    words = np.fromfile(path, np.uint64)
+    words[:8] = [BUDDY] * 7 + [KERNEL]
+    path.write_bytes(words.tobytes())
+    blocks = memory_blocks(MEMORY, PMD_ORDER, path=str(path))
+    assert blocks is not None
+    assert np.flatnonzero(blocks.closed).tolist() == [0]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.freememory import MemoryBlocks
+from mthp.freememory import COSTLY_ORDER, FREE, MOVES, STAYS, MemoryBlocks
 from mthp.sim.frames.buddy import Compaction, Zone
 from mthp.sim.frames.memory import Fl
 from mthp.sim.page_tables.mappings import mappings_of
@@ -50,8 +50,9 @@ def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     """Free a block of `order` in one zone, unless compaction is deferred or the zone has too few free frames."""
     state, size = zone.compaction, 1 << order
     # Twice the block, because pages wait in free frames while others are still moved (compact_gap(),
-    # include/linux/compaction.h).
-    if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
+    # include/linux/compaction.h), and the low watermark for costly orders (__compaction_suitable()).
+    mark = zone.watermarks.low if order > COSTLY_ORDER else zone.watermarks.min
+    if order > zone.max_order or zone.free_frames < zone.reserve + mark + 2 * size:
         return False
     # A zone in which it failed is left alone for a number of calls that doubles with each failure (defer_compaction()).
     if order >= state.order_failed and state.considered < (1 << state.defer_shift) - 1:
@@ -115,21 +116,21 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
     return used, fixed
 
 
-def memory_blocks(parts: Parts, order: int) -> MemoryBlocks:
-    """Return the machine's memory in blocks of `order`.
+def memory_blocks(parts: Parts) -> MemoryBlocks:
+    """Return the machine's memory in blocks of the PMD order.
 
-    Nothing moves in a page block of the PMD order with a page that stays: compaction skips it here.
+    Nothing moves in a block with a page that stays, because compaction skips it here. It finds every free page.
     """
-    zones, pmd_order = parts.memory.zones, parts.geometry.pmd_order
-    columns = []
-    for number, zone in enumerate(zones):
-        used, fixed = _used_and_fixed(parts, zone.start, zone.end, pmd_order)
-        fixed |= used & np.repeat(fixed.reshape(-1, 1 << pmd_order).any(axis=1), 1 << pmd_order)
-        first = np.arange(zone.start >> order, zone.end >> order)
-        counts = (bits.reshape(-1, 1 << order).sum(axis=1) for bits in (~used, used & ~fixed))
-        columns.append((first, np.full(len(first), number, np.int8), *counts))
-    numbers, zone_of, free, movable = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    return MemoryBlocks(order, numbers, zone_of, free, movable, np.zeros(len(numbers), np.int64))
+    zones, order = parts.memory.zones, parts.geometry.pmd_order
+    pages, numbers = [], []
+    for zone in zones:
+        used, fixed = (bits.reshape(-1, 1 << order) for bits in _used_and_fixed(parts, zone.start, zone.end, order))
+        fixed |= used & fixed.any(axis=1, keepdims=True)
+        pages.append(np.select([~used, fixed], [FREE, STAYS], MOVES).astype(np.int8))
+        numbers.append(np.arange(zone.start >> order, zone.end >> order))
+    zone_of = np.repeat(np.arange(len(zones), dtype=np.int8), [len(part) for part in numbers])
+    joined = np.concatenate(numbers)
+    return MemoryBlocks(order, joined, zone_of, np.concatenate(pages), parts.memory.unmovable[joined], stride=1)
 
 
 def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
