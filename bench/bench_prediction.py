@@ -84,7 +84,7 @@ class Result:
         return 100 * max(abs(predicted - measured) for predicted, measured in (self.coverage, self.large, self.bloat))
 
 
-def judge(
+def tried(
     name: str, setting: str, policy: str, options: list[str], more: list[str], runs: int, directory: Path
 ) -> Result:
     """Predict, collapse and measure one program under one setting."""
@@ -207,7 +207,7 @@ def main() -> None:
                 print(f"{name} is left out: {missing} is not installed", file=sys.stderr)
                 continue
             for setting, policy, arguments, more in SETTINGS:
-                results.append(judge(name, setting, policy, arguments, more, options.runs, place))
+                results.append(tried(name, setting, policy, arguments, more, options.runs, place))
                 worst, rest = results[-1].worst, results[-1].left
                 print(f"{name}, {setting}: {worst:.2f} points; {rest}", file=sys.stderr, flush=True)
     sys.exit(any(result.worst > POINTS_AIM for result in results))

@@ -68,7 +68,7 @@ def test_a_live_process_for_a_quick_look(actor: Actor, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = out.read_text("utf-8")
     assert f"mthp collapse {actor.pid} --max-bloat 5%" in text
-    assert "helpers.serve" not in text, "arguments are shown though nobody asked"
+    assert "helpers.serve" not in text, "arguments are shown without --with-arguments"
     assert mthp("report", actor.pid, "-o", out, "--force", "--with-arguments").returncode == 0
     assert "helpers.serve" in out.read_text("utf-8")
 

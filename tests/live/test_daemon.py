@@ -118,7 +118,7 @@ def test_a_number_that_a_rule_names_means_the_process_that_had_it(run: Path) -> 
         first.kill()
         until(lambda: daemon.target(first.pid) is None, "its end")
         with successor_of(first.pid) as second, subprocess.Popen(["sleep", "60"]) as later:
-            until(lambda: daemon.target(later.pid) is not None, "whoever came after it")
+            until(lambda: daemon.target(later.pid) is not None, "the process that came after it")
             assert daemon.target(second.pid) is None
             later.kill()
 
@@ -485,7 +485,7 @@ def test_ended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp
         daemon.stop()
         with open_live(puppet.pid) as space:
             orders = space.read([(address, address + 32 * PMD_SIZE)]).folio_order
-        assert 0 < (orders == 4).sum() < 32 * PAGES, "it does not end when it is told, but when all is done"
+        assert 0 < (orders == 4).sum() < 32 * PAGES, "it does not end at the signal, but when all is done"
         assert "[madvise]" in _switch("64kB")
         assert set(threads_of(puppet.pid).values()) <= {"S", "R"}
         assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES

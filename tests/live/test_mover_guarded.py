@@ -381,14 +381,14 @@ def test_rolled_back_when_a_page_vanishes_after_the_check(
     """A hole in the middle: the first half of the block is away by the time the kernel finds out, and comes back."""
     size = 1 << 20
     address = memory(size)
-    judge = refuse_blocks
+    check = refuse_blocks
 
-    def judged_too_early(*arguments: object, **options: object) -> object:
-        verdict = judge(*arguments, **options)  # type: ignore[arg-type]
+    def checked_too_early(*arguments: object, **options: object) -> object:
+        verdict = check(*arguments, **options)  # type: ignore[arg-type]
         advise(address + 3 * K64 + 8 * PAGE_SIZE, PAGE_SIZE, 4)
         return verdict
 
-    monkeypatch.setattr(mover, "refuse_blocks", judged_too_early)
+    monkeypatch.setattr(mover, "refuse_blocks", checked_too_early)
     # Advice 0 (MADV_NORMAL) does nothing, so the page stays away. Not an argument, because the number is the kernel's.
     monkeypatch.setattr(guarded, "MADV_POPULATE_WRITE", 0)
     outcomes = collapse_own(address, size, 4, journal=journal)

@@ -170,7 +170,7 @@ def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pyte
     """As on a kernel without kcmp(2), or if the other process belongs to another user."""
     monkeypatch.setattr(sharing, "kcmp", lambda *_: None)
     with target(SHARER) as space:
-        until(lambda: "shared_vm_unknown" in refusals(space), "the one who shares the memory")
+        until(lambda: "shared_vm_unknown" in refusals(space), "the process that shares the memory")
 
 
 def test_a_forked_child_shares_no_memory() -> None:

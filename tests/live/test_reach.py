@@ -194,7 +194,7 @@ class Counted(LiveAddressSpace):
 
 
 def counted(*names: str) -> int:
-    """Return the sum of the counters of /proc/vmstat whose names begin so."""
+    """Return the sum of the counters of /proc/vmstat with these beginnings."""
     words = Path("/proc/vmstat").read_text().split()
     return sum(int(number) for name, number in zip(words[::2], words[1::2], strict=True) if name.startswith(names))
 
@@ -226,7 +226,7 @@ def background_threads() -> Iterator[Path]:
 
 
 def covered(space: LiveAddressSpace, *, without: int = 0) -> float:
-    """Return the coverage, without so many of the folios."""
+    """Return the coverage, as if `without` of the folios were not there."""
     now = measure(space, space.vmas()).now
     return (now.pages[PMD_ORDER] - (without << PMD_ORDER)) / now.pages[0]
 
@@ -244,7 +244,7 @@ def collapsed(space: Counted, plan: SpacePlan) -> float:
 
 @contextlib.contextmanager
 def fragmented(target: Actor, seed: int, thp_switches: ThpSwitches) -> Iterator[None]:
-    """Give a target small pages and huge ones with zeroes, among the pages of a program that fills the machine."""
+    """Fill a target with small pages and huge ones with zeroes, among the pages of a program that fills the machine."""
     chance = random.Random(seed)
     kept = chance.choice([4, 8, 16]) * MIB
     ranges, huge = chance.choice([32, 40, 48]), chance.choice([0, 0, 4, 8])

@@ -83,7 +83,7 @@ struct hammer *hammer_start(void *base, uint64_t size, uint64_t threads)
     return h;
 }
 
-/* Gives the number of wrong words, seen at any time; *rounds the number of lines that were checked and written. */
+/* Returns the number of wrong words, seen at any time; *rounds the number of lines that were checked and written. */
 uint64_t hammer_stop(struct hammer *h, uint64_t *rounds)
 {
     h->stop = 1;

@@ -5,8 +5,8 @@
  * CODE is a file with the stub. There is no tracer here: a signal handler takes a thread's registers for a context and
  * gives it those of a parked one, as a tracer would, so that it goes on in the stub when the handler returns.
  *
- * park     a thread is parked, and the worker is said to be done: the thread restores itself
- * abandon  a thread is parked, and nobody comes: it gives up and restores itself
+ * park     a thread is parked, and the worker is reported as done: the thread restores itself
+ * abandon  a thread is parked, and no worker comes: it gives up and restores itself
  * work     a thread is the worker of three blocks. Instead of UFFDIO_MOVE, which emulators lack, there is a break point
  *          whose handler moves the pages, all of them, half of them, or none with an error
  */

@@ -185,7 +185,7 @@ static int wait_ppoll(int self)
 static int wait_write(int self)
 {
     static char full[1 << 20];
-    /* A write that has moved some bytes returns their number when it is interrupted; that is no error of anybody. */
+    /* A write that has moved some bytes returns their number when it is interrupted; that is not an error. */
     for (size_t left = sizeof full; left;) {
         ssize_t written = write(pipes[self][1], full, left);
         if (written <= 0)

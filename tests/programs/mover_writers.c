@@ -3,7 +3,7 @@
  * mover_writers FILE THREADS MEGABYTES FLAGS
  *
  * FILE is mapped shared; the test reads and writes it. The memory is made of lines of 64 bytes. Each line belongs to
- * one thread, which checks seven words of it, raises the line's sequence number, and writes them anew. The eighth word
+ * one thread, which checks seven words of it, raises the line's sequence number, and writes them again. The eighth word
  * of some lines is an atomic counter of all threads. What a line ought to hold is kept in shared memory, which the mover
  * does not touch. FLAGS: f a thread forks all the time, t a thread makes and joins threads, s an interval timer's
  * handler writes to the memory, r queued real-time signals are counted, n all threads let other processes go first.

@@ -67,12 +67,12 @@ class Page:
         result = ScanResult(int(self.walk.scanned()[0]))
         return RangeScan(result, self.fullness if result is ScanResult.SUCCEED else None)
 
-    def _judged(self, address: int, order: int) -> ScanResult:
+    def _checked(self, address: int, order: int) -> ScanResult:
         where = np.array([0]), np.array([address // self.rules.geometry.page_size])
         return ScanResult(int(scan_results(self.planes, order, *where, self.walk.checks.attempt(order))[0]))
 
     def scan_run(self, address: int, order: int) -> RangeScan:
-        result = self._judged(address, order)
+        result = self._checked(address, order)
         if result is ScanResult.PTE_MAPPED_HUGEPAGE:
             # A plan shows it among the attempts.
             self.attempts.append((address // self.rules.geometry.page_size, order, result.name))
@@ -80,7 +80,7 @@ class Page:
         return RangeScan(ScanResult.SUCCEED if result is ScanResult.FAIL else result)
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
-        result = self._judged(address, order)
+        result = self._checked(address, order)
         self.attempts.append((address // self.rules.geometry.page_size, order, result.name))
         return result
 

@@ -191,7 +191,7 @@ static void write_number(const char *path, long number)
 }
 
 /*
- * Switches. khugepaged scans at once whenever its thread is started anew, so it is kept running: some size stays
+ * Switches. khugepaged scans at once whenever its thread starts again, so it is kept running: some size stays
  * enabled all the time. `forced` names an order for which faults are to get folios; the PMD size stays on "madvise".
  */
 static int has_sizes(void)
@@ -245,7 +245,7 @@ static void set_fault_order(int order)
 		write_sizes(1ull << order, "always");
 }
 
-/* What a page holds: its own number everywhere, so that a page in a wrong place is told from a lost one. */
+/* What a page holds: its own number everywhere, so that a page in a wrong place is distinguished from a lost one. */
 
 static uint64_t pattern(int page)
 {
@@ -590,7 +590,7 @@ static void stage_swap(void)
 	for (int i = 0; i < the_case.npages; i++)
 		if (is(i, BIT(SWAPPED_BACK)))
 			fill(i);
-	/* A page stays in the swap cache while somebody else has its swap entry. A fork makes all PTEs read-only. */
+	/* A page stays in the swap cache while another process has its swap entry. A fork makes all PTEs read-only. */
 	if (!any(BIT(SWAPCACHE)))
 		return;
 	helper = fork();
@@ -890,7 +890,7 @@ static int is_intact(void)
 			intact = 0;
 	}
 	for (int i = 0; i < the_case.npages; i++) {
-		/* A page of userfaultfd that is missing would wait for somebody to fill it; a guard kills. */
+		/* A page of userfaultfd that is missing would wait until it is filled; a guard kills. */
 		if (is(i, BIT(GUARD)) || (the_case.missing && is(i, ~WRITTEN & ~BIT(ZERO))))
 			continue;
 		/* What was freed lazily, or may be dropped, may be gone, but nothing else may be there. */

@@ -108,7 +108,7 @@ def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
     return chart(
         title,
         f"{meaning[0].upper()}{meaning[1:]}.",
-        # More lines than marks could not be told apart; the table has all.
+        # Lines beyond the number of marks would look alike; the table has all.
         [Series(policy, points, joined=True) for policy, points in list(lines.items())[: len(MARKS)]],
         x_name="simulated seconds",
         y_name=unit,

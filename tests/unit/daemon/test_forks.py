@@ -1,4 +1,4 @@
-"""Targets that share memory since a fork, and who shares memory with whom."""
+"""Targets that share memory since a fork, and the processes that share it."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> N
         check=False,
     )
     if "Overall exposure" not in done.stdout:
-        pytest.skip(f"systemd-analyze cannot judge units here: {done.stderr.strip()[:200]}")
+        pytest.skip(f"systemd-analyze cannot rate units here: {done.stderr.strip()[:200]}")
     assert done.stderr == ""
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False

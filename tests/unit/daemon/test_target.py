@@ -136,7 +136,7 @@ def test_a_process_that_goes_ends_it_and_nothing_stays_open() -> None:
     with pytest.raises(TargetVanishedError):
         stage.steps(1.0)
     assert stage.space.closed
-    assert not stage.process.closed, "somebody may wait for its pidfd"
+    assert not stage.process.closed, "another thread may wait for its pidfd"
     stage.target.close()
     assert stage.process.closed
 

@@ -201,7 +201,7 @@ def test_the_first_to_come_wakes_an_idle_daemon() -> None:
     until(lambda: daemon.statistics.passes > 0, "the first pass")
     space = Stub(1)
     daemon.add(space)
-    until(lambda: bool(space.seen), "it to be looked at")
+    until(lambda: bool(space.seen), "a scan of it")
     daemon.stop()
     thread.join(PATIENCE)
     assert space.seen == [0]

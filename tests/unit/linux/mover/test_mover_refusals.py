@@ -91,7 +91,7 @@ def columns(state: list[int], order: list[int], pfn: list[int] | None = None, st
     return PteColumns((segment,), np.array(state, np.uint16), np.array(order, np.int8), frames)
 
 
-def judge(  # one block of order 2 at BASE, unless said otherwise
+def refusal_of(  # one block of order 2 at BASE, by default
     state: list[int] | None = None,
     order: list[int] | None = None,
     pfn: list[int] | None = None,
@@ -119,9 +119,9 @@ def judge(  # one block of order 2 at BASE, unless said otherwise
 
 
 def test_a_plain_block_may_be_moved() -> None:
-    assert judge() is R.NONE
-    assert judge(mapcounts=[1, 1, 1, 1]) is R.NONE
-    assert judge(state=[EXCLUSIVE | Pte.LAZYFREE] * 4) is R.NONE
+    assert refusal_of() is R.NONE
+    assert refusal_of(mapcounts=[1, 1, 1, 1]) is R.NONE
+    assert refusal_of(state=[EXCLUSIVE | Pte.LAZYFREE] * 4) is R.NONE
 
 
 @pytest.mark.parametrize(
@@ -145,45 +145,45 @@ def test_one_page_decides(bits: Pte, why: BlockRefusal, at: int) -> None:
     order = [0] * 4
     if not bits & Pte.PRESENT:
         order[at] = ORDER_NONE
-    assert judge(state, order) is why
-    assert judge(state, order, fill=True) is (R.NONE if why is R.ABSENT else why)
+    assert refusal_of(state, order) is why
+    assert refusal_of(state, order, fill=True) is (R.NONE if why is R.ABSENT else why)
 
 
 def test_nothing_at_all_is_not_filled_either() -> None:
-    assert judge([0] * 4, [ORDER_NONE] * 4, fill=True) is R.EMPTY
-    assert judge([int(Pte.PRESENT | Pte.ZERO)] * 4, fill=True) is R.EMPTY
+    assert refusal_of([0] * 4, [ORDER_NONE] * 4, fill=True) is R.EMPTY
+    assert refusal_of([int(Pte.PRESENT | Pte.ZERO)] * 4, fill=True) is R.EMPTY
 
 
 def test_a_page_mapped_twice() -> None:
-    assert judge(mapcounts=[1, 1, 2, 1]) is R.SHARED
+    assert refusal_of(mapcounts=[1, 1, 2, 1]) is R.SHARED
     # The count of the zero page, which everybody maps, says nothing.
     state = [EXCLUSIVE, EXCLUSIVE, int(Pte.PRESENT | Pte.ZERO), EXCLUSIVE]
-    assert judge(state, mapcounts=[1, 1, 900, 1], fill=True) is R.NONE
+    assert refusal_of(state, mapcounts=[1, 1, 900, 1], fill=True) is R.NONE
 
 
 def test_large_folios() -> None:
-    assert judge(order=[2] * 4, pfn=[8, 9, 10, 11]) is R.ALREADY
-    assert judge(order=[4] * 4, pfn=[20, 21, 22, 23]) is R.ALREADY
-    assert judge(order=[9] * 4) is R.ALREADY
+    assert refusal_of(order=[2] * 4, pfn=[8, 9, 10, 11]) is R.ALREADY
+    assert refusal_of(order=[4] * 4, pfn=[20, 21, 22, 23]) is R.ALREADY
+    assert refusal_of(order=[9] * 4) is R.ALREADY
     # Two folios of that order, each with a part in the block, as after mremap(2).
-    assert judge(order=[2] * 4, pfn=[10, 11, 12, 13]) is R.LARGE_FOLIO
-    assert judge(order=[2, 2, 0, 0], pfn=[8, 9, 77, 78]) is R.LARGE_FOLIO
+    assert refusal_of(order=[2] * 4, pfn=[10, 11, 12, 13]) is R.LARGE_FOLIO
+    assert refusal_of(order=[2, 2, 0, 0], pfn=[8, 9, 77, 78]) is R.LARGE_FOLIO
     # Smaller folios are to be collapsed, and an unknown order is not a refusal.
-    assert judge(order=[1, 1, 0, 0], pfn=[8, 9, 77, 78]) is R.NONE
-    assert judge(order=[ORDER_UNKNOWN] * 4) is R.NONE
+    assert refusal_of(order=[1, 1, 0, 0], pfn=[8, 9, 77, 78]) is R.NONE
+    assert refusal_of(order=[ORDER_UNKNOWN] * 4) is R.NONE
 
 
 def test_where_it_lies() -> None:
-    assert judge(address=BASE + PAGE) is R.MISALIGNED
-    assert judge(vmas=[]) is R.NOT_IN_ONE_VMA
-    assert judge(vmas=[vma(BASE - 2 * PAGE, 4)]) is R.NOT_IN_ONE_VMA
-    assert judge(vmas=[vma(BASE, 2), vma(BASE + 2 * PAGE, 510)]) is R.NOT_IN_ONE_VMA
-    assert judge(vmas=[vma(BASE + 4 * PAGE)]) is R.NOT_IN_ONE_VMA
-    assert judge(vmas=[vma(flags=PLAIN | {"lo"})]) is R.VMA
-    assert judge(address=BASE + 4 * PAGE) is R.NOT_READ
-    assert judge(block_order=3) is R.NOT_READ
+    assert refusal_of(address=BASE + PAGE) is R.MISALIGNED
+    assert refusal_of(vmas=[]) is R.NOT_IN_ONE_VMA
+    assert refusal_of(vmas=[vma(BASE - 2 * PAGE, 4)]) is R.NOT_IN_ONE_VMA
+    assert refusal_of(vmas=[vma(BASE, 2), vma(BASE + 2 * PAGE, 510)]) is R.NOT_IN_ONE_VMA
+    assert refusal_of(vmas=[vma(BASE + 4 * PAGE)]) is R.NOT_IN_ONE_VMA
+    assert refusal_of(vmas=[vma(flags=PLAIN | {"lo"})]) is R.VMA
+    assert refusal_of(address=BASE + 4 * PAGE) is R.NOT_READ
+    assert refusal_of(block_order=3) is R.NOT_READ
     # [vsyscall] does not fit in a signed 64-bit integer.
-    assert judge(vmas=[vma(), vma((1 << 64) - (10 << 20), 1)]) is R.NONE
+    assert refusal_of(vmas=[vma(), vma((1 << 64) - (10 << 20), 1)]) is R.NONE
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_where_it_lies() -> None:
     ],
 )
 def test_special_ranges(special: tuple[int, int], why: BlockRefusal) -> None:
-    assert judge(special=(special,)) is why
+    assert refusal_of(special=(special,)) is why
     # Others around it change nothing.
-    assert judge(special=((0, 8), special, (BASE << 1, (BASE << 1) + 8))) is why
+    assert refusal_of(special=((0, 8), special, (BASE << 1, (BASE << 1) + 8))) is why
 
 
 _STATES = (
@@ -328,7 +328,7 @@ def test_devices(link: str, kind: str | None) -> None:
         ("/dev/neuron0", (240, 0), False),
     ],
 )
-def test_a_device_that_nobody_thought_about_is_refused(link: str, number: tuple[int, int], harmless: bool) -> None:
+def test_an_unknown_device_is_refused(link: str, number: tuple[int, int], harmless: bool) -> None:
     device = os.makedev(*number)
     assert is_harmless(link, device) == harmless
     refusals = refuse_files([(link, device), ("socket:[4711]", 0), ("/etc/passwd", 0)])
