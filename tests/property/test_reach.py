@@ -139,7 +139,7 @@ def reached(space: Bounded, plan: SpacePlan, *, may_compact: bool, trim: bool = 
     if trim:
         trim_space(space, TrimOptions())
     carry_out(space, plan, MEANS)
-    return measure(space, space.vmas()).now.share(plan.asked_order)
+    return measure(space, space.vmas()).now.share(plan.coverage_order)
 
 
 @pytest.mark.parametrize(

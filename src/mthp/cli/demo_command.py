@@ -110,7 +110,7 @@ def print_story(out: Console, story: Story) -> None:
     note(out, [*story.undone, *story.notes])
     for line in NEXT.splitlines():
         say(out, line)
-    # As after `make demo`, whose mthp is in .venv.
+    # As after `make demo`, which installs mthp in .venv.
     if shutil.which("mthp") is None and Path(sys.argv[0]).name == "mthp":
         say(out, f"mthp is not on the PATH: it is {sys.argv[0]}")
 

@@ -54,7 +54,7 @@ def command(
     With ADDRESS (in hex) it explains only the PMD range around it. Nothing is changed.
     """
     number = None if address is None else _number(address)
-    # Once, so that space and daemon are asked about the same process, which a name may not fit later.
+    # Once, so that space and daemon have the same process, which a name may not fit later.
     chosen = resolve(target)
     with open_target(chosen, at=at) as space:
         explanation = explain_space(space, number)

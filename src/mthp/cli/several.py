@@ -113,7 +113,7 @@ def summed(path: str) -> property:
 def common_share(plans: Sequence[SpacePlan], parts: Sequence[Coverage]) -> float:
     """Return the share of all `parts` together in folios of the sizes that `plans` were requested for."""
     # All have the same options, and so the same smallest order.
-    return Coverage.total(parts).share(plans[0].asked_order) if plans else 0.0
+    return Coverage.total(parts).share(plans[0].coverage_order) if plans else 0.0
 
 
 class WithGeometry(Protocol):

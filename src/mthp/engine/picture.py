@@ -61,7 +61,7 @@ def picture(plan: SpacePlan, most: int = MOST) -> str:
         legend += f'<text x="{x + 12}" y="{bottom + 8}">{escape(name)}</text>'
         x += taken
     height = bottom + 12
-    size = plan.geometry.label(plan.asked_order)
+    size = plan.geometry.label(plan.coverage_order)
     says = (
         f"policy {plan.policy}: {size} from {100 * plan.coverage:.1f}% to {100 * plan.coverage_after:.1f}%,"
         f" {format_size(plan.copied_bytes)} copied, {format_size(plan.filled_bytes)} of bloat"

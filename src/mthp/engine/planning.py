@@ -80,7 +80,7 @@ def plan_space(
         folios=folios,
         refused=tuple(refused),
         planned_bytes=sum(bytes_in(job.segments) for job in jobs),
-        asked_order=_asked_order(options, base, orders),
+        coverage_order=_coverage_order(options, base, orders),
         scope=scope,
         before=measured.now,
         after=measured.planned,
@@ -124,7 +124,7 @@ def _plan_and_measure(
     return ranges[np.argsort(ranges.address)], folios[np.argsort(folios.address)]
 
 
-def _asked_order(options: PlanOptions, base: Rules, enabled: Sequence[int]) -> int:
+def _coverage_order(options: PlanOptions, base: Rules, enabled: Sequence[int]) -> int:
     """Return the order that coverage is stated for; `enabled` are the orders of all mappings together."""
     if options.orders is None:
         return base.geometry.pmd_order
@@ -219,7 +219,7 @@ def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpaceP
         folios=folios,
         refused=(),
         planned_bytes=len(addresses) * size,
-        asked_order=order,
+        coverage_order=order,
         scope=scope,
         before=measured.now,
         after=measured.planned,

@@ -143,7 +143,7 @@ class _Reaching:
         if trim is not None:
             coverage = _without(coverage, trim)
         return Reached(
-            coverage.share(self._plan.asked_order),
+            coverage.share(self._plan.coverage_order),
             int((np.int64(page_size) << self._plan.folios.order[chosen].astype(np.int64)).sum()),
             replace(self._plan, folios=self._plan.folios[chosen]).folios_by_order,
             self._sentence(limits, supply),

@@ -123,7 +123,7 @@ class CollapseReport(Tabular):
         " room:null out_of_memory:null allowed mechanism_by_order=mechanisms folios moved_bytes verified"
         " needs_move_folios=needs_move move_price:null split_price copied_bytes bloat_bytes=filled_bytes heat_share"
         " elapsed_seconds=elapsed calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
-        " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished"
+        " coverage_order=plan.coverage_order measured=after done_nothing nothing_left_to_do=plan.finished"
         " remade interrupted vanished error"
     )
 
@@ -184,7 +184,7 @@ class CollapseReport(Tabular):
     @property
     def coverage(self) -> float:
         """The share of `after` in folios of the requested sizes or larger."""
-        return self.after.share(self.plan.asked_order)
+        return self.after.share(self.plan.coverage_order)
 
     @property
     def done_nothing(self) -> bool:

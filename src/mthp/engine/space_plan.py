@@ -97,7 +97,7 @@ class SpacePlan(Tabular):
         folios: the folios that would be made.
         refused: mappings that are left alone, each with the reason; with `within`, only those inside it.
         planned_bytes: size of the PMD ranges of the mappings that were planned.
-        asked_order: coverage counts folios of this order and larger ones: the smallest requested order, or the PMD
+        coverage_order: coverage counts folios of this order and larger ones: the smallest requested order, or the PMD
             order if none was named.
         scope: the memory that the coverage is of.
         before, after: the coverage now, and after the plan is carried out.
@@ -111,7 +111,7 @@ class SpacePlan(Tabular):
     JSON: ClassVar = (
         "target=label geometry policy trigger orders max_ptes_none=tunables.max_ptes_none"
         " max_ptes_swap=tunables.max_ptes_swap max_ptes_shared=tunables.max_ptes_shared planned_bytes resident_bytes"
-        " copied_bytes bloat_bytes=filled_bytes coverage coverage_after coverage_order=asked_order measured=before"
+        " copied_bytes bloat_bytes=filled_bytes coverage coverage_after coverage_order measured=before"
         " measured_after=after already_bytes folios_by_order ranges_by_result left_alone=left heat heat_share"
     )
 
@@ -125,7 +125,7 @@ class SpacePlan(Tabular):
     folios: Folios
     refused: tuple[tuple[Vma, str], ...]
     planned_bytes: int
-    asked_order: int
+    coverage_order: int
     scope: Scope = field(default_factory=Scope)
     before: Coverage = field(default_factory=Coverage)
     after: Coverage = field(default_factory=Coverage)
@@ -221,18 +221,18 @@ class SpacePlan(Tabular):
 
     @property
     def coverage(self) -> float:
-        """The share of `before` in folios of `asked_order` or larger; 0.0 if nothing is resident."""
-        return self.before.share(self.asked_order)
+        """The share of `before` in folios of `coverage_order` or larger; 0.0 if nothing is resident."""
+        return self.before.share(self.coverage_order)
 
     @property
     def coverage_after(self) -> float:
-        """The share of `after` in folios of `asked_order` or larger; 0.0 if nothing is resident."""
-        return self.after.share(self.asked_order)
+        """The share of `after` in folios of `coverage_order` or larger; 0.0 if nothing is resident."""
+        return self.after.share(self.coverage_order)
 
     @property
     def already_bytes(self) -> int:
         """Bytes that may be collapsed and already lie in folios of the requested sizes."""
-        return self.eligible.pages[self.asked_order] * self.geometry.page_size
+        return self.eligible.pages[self.coverage_order] * self.geometry.page_size
 
     @property
     def finished(self) -> bool:

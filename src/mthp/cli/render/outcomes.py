@@ -120,7 +120,7 @@ def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
 def coverage_table(report: CollapseReport) -> Table:
     """Return the coverage before and after, for every requested size, and for the PMD size."""
     plan, geometry = report.plan, report.plan.geometry
-    orders = sorted({*plan.orders, plan.asked_order, geometry.pmd_order}, reverse=True)
+    orders = sorted({*plan.orders, plan.coverage_order, geometry.pmd_order}, reverse=True)
     rows = [
         [
             geometry.label(order) + ("" if order == geometry.pmd_order else " and more"),

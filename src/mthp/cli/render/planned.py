@@ -42,8 +42,8 @@ def reached_share(reached: Reached) -> str:
 def size_and_more(plan: SpacePlan) -> str:
     """Name the sizes that the coverage of a plan is stated for."""
     geometry = plan.geometry
-    more = "" if plan.asked_order == geometry.pmd_order else " and more"
-    return f"{geometry.label(plan.asked_order)}{more}"
+    more = "" if plan.coverage_order == geometry.pmd_order else " and more"
+    return f"{geometry.label(plan.coverage_order)}{more}"
 
 
 def scope_name(plan: SpacePlan) -> str:
