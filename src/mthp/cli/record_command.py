@@ -146,7 +146,7 @@ class _Recorder:
         # The bound holds for all recordings together.
         pace = Pace(every=self._every, duration=self._duration, cpu=None if self._cpu >= 1 else self._cpu / among)
 
-        def told(steps: int, at: float, size: int) -> None:
+        def progress(steps: int, at: float, size: int) -> None:
             line = f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
             self._status.update(Text(clean(line)))
 
@@ -156,7 +156,7 @@ class _Recorder:
             # Noted before the first step, and kept with all steps.
             heat = heat_of(space, self._heat, stop)
             return record_series(
-                space, path, pace, stop=stop, overwrite=self._force, heat=heat, told=told, cpu_clock=spent
+                space, path, pace, stop=stop, overwrite=self._force, heat=heat, progress=progress, cpu_clock=spent
             )
 
     def record_each(self, named: Targets, stop: Callable[[], bool]) -> Each[Recorded]:

@@ -173,13 +173,13 @@ def _nagios(verified: Callable[[], Each[Verification]]) -> int:
         return 3
     code = each.code if each.code in _STATES else 3
     checks = [(done.label, check) for done in each.done for check in done.checks]
-    said = [f"{label} {check.expectation}: {check.reason}" for label, check in checks if check.reason]
-    said += [f"{failed.label}: {failed.error.message}" for failed in each.all if isinstance(failed, Failed)]
+    findings = [f"{label} {check.expectation}: {check.reason}" for label, check in checks if check.reason]
+    findings += [f"{failed.label}: {failed.error.message}" for failed in each.all if isinstance(failed, Failed)]
     if any(check.verdict == "unknown" for _, check in checks):
-        said += sorted({line for done in each.done for line in done.missing})
-    said = said or [f"{numbered(len(checks), 'expectation')} met"]
+        findings += sorted({line for done in each.done for line in done.missing})
+    findings = findings or [f"{numbered(len(checks), 'expectation')} met"]
     data = " ".join(_performance(label, check) for label, check in checks if check.share is not None)
-    click.echo(f"MTHP {_STATES.get(code, 'UNKNOWN')} - {'; '.join(map(_plain, said))}{' | ' if data else ''}{data}")
+    click.echo(f"MTHP {_STATES.get(code, 'UNKNOWN')} - {'; '.join(map(_plain, findings))}{' | ' if data else ''}{data}")
     return code
 
 

@@ -35,7 +35,7 @@ NO_PID = 0
 REMATCH_SECONDS = 10.0
 """Seconds between two listings of all processes, for changes without an event."""
 
-TOLD_OF = frozenset(("pid", "comm", "exe"))
+REPORTED = frozenset(("pid", "comm", "exe"))
 """Properties with changes that are kernel events. The others change without one: a process is moved to another control
 group, and the log of a container is linked after it has started.
 """
@@ -153,8 +153,8 @@ class Finder:
         # Their ends may have been among lost events.
         for pid in self._known.keys() - pids:
             del self._known[pid]
-        told_of = self._changes.fileno() >= 0 and self._environment.configuration.rules.properties <= TOLD_OF
-        self._nursery.add(pids - {pid for pid, starttime in self._known.items() if told_of or starttime < 0})
+        reported = self._changes.fileno() >= 0 and self._environment.configuration.rules.properties <= REPORTED
+        self._nursery.add(pids - {pid for pid, starttime in self._known.items() if reported or starttime < 0})
 
     def look_into(self) -> None:
         """Read processes that have settled, and match them."""

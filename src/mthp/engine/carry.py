@@ -91,7 +91,7 @@ class Carrier:
             done = 0
             while done < len(blocks):
                 self._work.keep_pace()
-                if self._work.told_to_stop():
+                if self._work.stop_requested():
                     return
                 if self._mechanism == "khugepaged":
                     self._in_windows(blocks)
@@ -143,7 +143,7 @@ class Carrier:
             pages = np.count_nonzero(columns.has(Pte.PRESENT | Pte.SWAP) & ~columns.has(Pte.ZERO))
             self._beside = int(pages - before.contents[~before.large].sum()) * self._geometry.page_size
         at, at_once = 0, 1 if self._mechanism == "madvise" else len(blocks)
-        while at < len(blocks) and not (at and self._work.told_to_stop()):
+        while at < len(blocks) and not (at and self._work.stop_requested()):
             tried, at, is_full = self._admitted(blocks, at, before, at_once)
             if tried:
                 self._try(tried, columns)
@@ -248,7 +248,7 @@ class Carrier:
             outcomes |= zip(left, collapse_batch(self._work.space, left, self._means, columns), strict=True)
             columns = None  # Out of date after the first try.
             left = [block for block in left if outcomes[block].passing]
-            if not left or pause is None or self._work.told_to_stop():
+            if not left or pause is None or self._work.stop_requested():
                 break
             self._work.rest(pause)
         for block in left:
@@ -259,7 +259,7 @@ class Carrier:
     def _in_windows(self, blocks: list[Block]) -> None:
         """Drive the machine's khugepaged over `blocks` until a window makes nothing new."""
         outcomes: list[BlockOutcome] = []
-        while blocks and not self._work.told_to_stop():
+        while blocks and not self._work.stop_requested():
             self._admission.renew()
             if not self._work.room.take(0, self._geometry.pmd_size):
                 self._work.report.room = self._work.room.reason

@@ -216,15 +216,15 @@ def _described(space: AddressSpace, vma: Vma, address: int, part: Segment, colum
     resident = resident_pages(columns)
     size = geometry.label(geometry.pmd_order)
     counted = numbered(pages, "page")
-    said = f"the {size} range around it has {counted} in this mapping: {int(resident.sum())} resident"
+    sentence = f"the {size} range around it has {counted} in this mapping: {int(resident.sum())} resident"
     orders = columns.folio_order[anonymous_pages(columns) | resident]
     for order in sorted({int(each) for each in orders}):
         where = f"in folios of {geometry.label(order)}" if order >= 0 else "in folios of a size that is not visible"
-        said += f", {int((orders == order).sum())} {where}"
+        sentence += f", {int((orders == order).sum())} {where}"
     for what, bit in _COUNTED.items():
         if count := int(columns.has(bit).sum()):
-            said += f", {count} {what}"
-    yield said
+            sentence += f", {count} {what}"
+    yield sentence
     if columns.has(Pte.PMD_MAPPED).any():
         yield "one PMD entry maps it: it is a huge page already"
 

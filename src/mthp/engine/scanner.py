@@ -279,7 +279,7 @@ class Scanner:
             MthpError: as :meth:`do_scan`; :meth:`run` may then be called again.
         """
         try:
-            while not self._told_to_stop(stop):
+            while not self._stop_requested(stop):
                 self._wake.clear()
                 self.do_scan()
                 # Without address spaces it waits until one is added.
@@ -300,7 +300,7 @@ class Scanner:
         """Cut a rest short; callable from any thread."""
         self._wake.set()
 
-    def _told_to_stop(self, stop: Callable[[], bool] | None) -> bool:
+    def _stop_requested(self, stop: Callable[[], bool] | None) -> bool:
         if stop is not None and stop():
             self._stopping = True
         return self._stopping
@@ -308,7 +308,7 @@ class Scanner:
     def _wait(self, seconds: float, stop: Callable[[], bool] | None) -> None:
         """Rest for `seconds`, unless woken or stopped."""
         end = self._clock.now() + seconds
-        while not self._told_to_stop(stop) and not self._wake.is_set() and (left := end - self._clock.now()) > 0:
+        while not self._stop_requested(stop) and not self._wake.is_set() and (left := end - self._clock.now()) > 0:
             self._clock.sleep(min(left, POLL) if stop is not None or left == float("inf") else left, self._wake)
 
     def _rest(self, seconds: float) -> None:

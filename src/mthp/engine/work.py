@@ -66,7 +66,7 @@ class Work:
         """Seconds since the run began."""
         return self.clock.now() - self._started
 
-    def told_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether nothing more is to be begun, and note a stop in the report."""
         if self._stop():
             self.report.interrupted = True

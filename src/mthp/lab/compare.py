@@ -147,11 +147,11 @@ class Comparison(Tabular):
         groups: dict[tuple[float, int], list[str]] = {}
         for name, outcome in sorted(best, key=lambda pair: self.coverage(pair[1])):
             groups.setdefault((self.coverage(outcome), outcome.scans[-1].filled), []).append(name)
-        told = [
+        parts = [
             f"{_listed(names)} ({size} coverage {before:.1%} -> {coverage:.1%}, bloat {self._bytes(filled)})"
             for (coverage, filled), names in groups.items()
         ]
-        sentences = [f"On the frontier of {size} coverage against bloat: {'; '.join(told)}."]
+        sentences = [f"On the frontier of {size} coverage against bloat: {'; '.join(parts)}."]
         sentences += self._beaten()
         sentences += self._creep()
         sentences += self._hot()
@@ -204,20 +204,20 @@ class Comparison(Tabular):
             return []
         size = self.geometry.label(self.geometry.pmd_order)
         pairs = zip(self.names, self.outcomes, strict=True)
-        told = ", ".join(f"{percent(outcome.scans[-1].hot)} ({name})" for name, outcome in pairs)
+        parts = ", ".join(f"{percent(outcome.scans[-1].hot)} ({name})" for name, outcome in pairs)
         now = percent(self.outcomes[0].scans[0].hot)
-        return [f"Of the observed accesses, {now} go to memory mapped as {size} now; {told}."]
+        return [f"Of the observed accesses, {now} go to memory mapped as {size} now; {parts}."]
 
     def _trace(self) -> list[str]:
         """Return a sentence on the page walks of the trace, or of accesses drawn by heat."""
         if self.misses_before is None:
             return []
-        told = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
+        parts = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
         source = self.heat.source if self.heat is not None else ""
         weighed_by = "accesses of the trace" if self.traced else f"random accesses by heat from {source or 'a file'}"
         return [
             f"On {self.processor.title}, the {self.misses_before.accesses:,} {weighed_by} that go to another page than"
-            f" the one before take {self.misses_before.walks:,} page walks now; {', '.join(told)}."
+            f" the one before take {self.misses_before.walks:,} page walks now; {', '.join(parts)}."
         ]
 
     def _bytes(self, pages: int) -> str:

@@ -62,7 +62,7 @@ def about(scenario: Scenario, seed: int, policies: Sequence[str], version: str) 
     }
 
 
-def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, overwrite: bool = False) -> None:
+def write(path: Path, outcomes: Sequence[Outcome], description: dict[str, Any], *, overwrite: bool = False) -> None:
     """Write the rows of `outcomes` to `path`. Equal rows make equal bytes.
 
     Raises:
@@ -74,7 +74,7 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
     # Rows of one process lack the columns of all together.
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = arrow.table({name: [row.get(name) for row in rows] for name in names})
-    table = table.replace_schema_metadata({KEY: json.dumps(told)})
+    table = table.replace_schema_metadata({KEY: json.dumps(description)})
     with creating(path, overwrite=overwrite, mode=PUBLIC) as file:
         parquet.write_table(table, file, compression="zstd")
 
@@ -93,9 +93,9 @@ def read(path: Path) -> Simulated:
     """
     rows, metadata = read_rows(path)
     with named(path):
-        told = parse_json(metadata.get(KEY, b"null"))
-        if not isinstance(told, dict) or told.get("schema") != SCHEMA or not rows:
+        description = parse_json(metadata.get(KEY, b"null"))
+        if not isinstance(description, dict) or description.get("schema") != SCHEMA or not rows:
             raise UsageError("not a result of `mthp simulate`, or an empty one")
         rows = checked_rows(rows, _KINDS)
         checked_rows([row for row in rows if not row["process"]], _KINDS_OF_ALL)
-    return Simulated(rows, told)
+    return Simulated(rows, description)

@@ -31,8 +31,8 @@ _Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
-    """The parts of segments that lie in one PMD range each, as columns of int64, shape (windows,).
+class RangePieces:
+    """The pieces of segments that lie in one PMD range each, as columns of int64, shape (pieces,).
 
     Attributes:
         page: page number (address / page size) of the first page.
@@ -47,16 +47,16 @@ class Windows:
     def __len__(self) -> int:
         return len(self.page)
 
-    def where(self, chosen: NDArray[np.bool_]) -> Windows:
-        """Return the windows that are `chosen`: bool, shape (windows,)."""
-        return Windows(self.page[chosen], self.index[chosen], self.count[chosen])
+    def where(self, chosen: NDArray[np.bool_]) -> RangePieces:
+        """Return the pieces that are `chosen`: bool, shape (pieces,)."""
+        return RangePieces(self.page[chosen], self.index[chosen], self.count[chosen])
 
     def indices(self) -> _Index:
         """Return the positions of all their pages, one after another."""
         return spread(self.index, self.count)
 
 
-def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
+def range_pieces(segments: Sequence[Segment], geometry: Geometry) -> RangePieces:
     """Cut `segments` at the borders of PMD ranges."""
     n = geometry.ptes_per_pmd
     # Divided before NumPy stores them, because [vsyscall] lies beyond the range of int64.
@@ -71,7 +71,7 @@ def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
     page = np.maximum(base, start_of)
     end = np.minimum(base + n, np.repeat(ends, counts))
     index = page - start_of + np.repeat(np.cumsum(sizes) - sizes, counts)
-    return Windows(page, index, end - page)
+    return RangePieces(page, index, end - page)
 
 
 class ColumnReader:
@@ -141,59 +141,59 @@ class ColumnReader:
 
     def _pmd_mapped(
         self, folios: FolioReader, segments: Sequence[Segment], pfn: NDArray[np.uint64], state: NDArray[np.uint16]
-    ) -> Windows:
-        """Return the windows that a PMD entry maps."""
-        windows = windows_of(segments, self._geometry)
+    ) -> RangePieces:
+        """Return the pieces that a PMD entry maps."""
+        pieces = range_pieces(segments, self._geometry)
         n = self._geometry.ptes_per_pmd
-        last = windows.index + windows.count - 1
-        first_pfn, last_pfn = pfn[windows.index].view(np.int64), pfn[last].view(np.int64)
-        # Scanning everything would cost as much as reading pagemap again. So scan only the windows whose first and last
+        last = pieces.index + pieces.count - 1
+        first_pfn, last_pfn = pfn[pieces.index].view(np.int64), pfn[last].view(np.int64)
+        # Scanning everything would cost as much as reading pagemap again. So scan only the pieces whose first and last
         # page lie in the frames of one possible aligned folio of PMD order.
-        likely = (state[windows.index] & state[last] & _PRESENT) != 0
-        likely &= (first_pfn - windows.page) % n == 0
-        likely &= last_pfn - first_pfn == windows.count - 1
-        windows = windows.where(likely)
-        if not len(windows):
-            return windows
+        likely = (state[pieces.index] & state[last] & _PRESENT) != 0
+        likely &= (first_pfn - pieces.page) % n == 0
+        likely &= last_pfn - first_pfn == pieces.count - 1
+        pieces = pieces.where(likely)
+        if not len(pieces):
+            return pieces
         if not self._pagemap.can_scan:
             # Before Linux 6.7 only smaps shows PMD entries: how much of a mapping they map, but not where.
-            return self._told_by_smaps(folios, windows, pfn)
-        return windows.where(self.are_huge(windows))
+            return self._shown_by_smaps(folios, pieces, pfn)
+        return pieces.where(self.are_huge(pieces))
 
-    def _told_by_smaps(self, folios: FolioReader, windows: Windows, pfn: NDArray[np.uint64]) -> Windows:
-        """Return those of `windows` that a PMD entry maps, as far as smaps shows it: all must have suitable frames.
+    def _shown_by_smaps(self, folios: FolioReader, pieces: RangePieces, pfn: NDArray[np.uint64]) -> RangePieces:
+        """Return those of `pieces` that a PMD entry maps, as far as smaps shows it: all must have suitable frames.
 
         They must lie in one folio of PMD order, and in a mapping in which PMD entries map something according to smaps.
         If such a mapping also has a folio of PMD order that PTEs map, that folio is returned too: no interface of these
         kernels distinguishes the two.
         """
-        orders = folios.read(pfn[windows.index])[1]
+        orders = folios.read(pfn[pieces.index])[1]
         huge = [(vma.start, vma.end) for vma, _ in read_pmd_mapped(self._pagemap.process)]
-        return self._within(windows.where(orders >= self._geometry.pmd_order), huge)
+        return self._within(pieces.where(orders >= self._geometry.pmd_order), huge)
 
-    def _within(self, windows: Windows, parts: Sequence[Segment]) -> Windows:
-        """Return those of `windows` that begin within one of `parts`, which ascend."""
+    def _within(self, pieces: RangePieces, parts: Sequence[Segment]) -> RangePieces:
+        """Return those of `pieces` that begin within one of `parts`, which ascend."""
         size = self._geometry.page_size
         bounds = np.array([(start // size, end // size) for start, end in parts], np.int64).reshape(-1, 2)
-        at = np.searchsorted(bounds[:, 0], windows.page, side="right") - 1
+        at = np.searchsorted(bounds[:, 0], pieces.page, side="right") - 1
         inside = at >= 0
-        inside[inside] = windows.page[inside] < bounds[at[inside], 1]
-        return windows.where(inside)
+        inside[inside] = pieces.page[inside] < bounds[at[inside], 1]
+        return pieces.where(inside)
 
-    def are_huge(self, windows: Windows) -> NDArray[np.bool_]:
-        """Return which of `windows` a PMD entry maps, by PAGEMAP_SCAN: bool, shape (windows,)."""
-        regions = self._huge_regions(windows)
+    def are_huge(self, pieces: RangePieces) -> NDArray[np.bool_]:
+        """Return which of `pieces` a PMD entry maps, by PAGEMAP_SCAN: bool, shape (pieces,)."""
+        regions = self._huge_regions(pieces)
         if not len(regions):
-            return np.zeros(len(windows), np.bool_)
-        at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
-        huge: NDArray[np.bool_] = (regions[at, 0] <= windows.page) & (windows.page + windows.count <= regions[at, 1])
+            return np.zeros(len(pieces), np.bool_)
+        at = np.maximum(np.searchsorted(regions[:, 0], pieces.page, side="right") - 1, 0)
+        huge: NDArray[np.bool_] = (regions[at, 0] <= pieces.page) & (pieces.page + pieces.count <= regions[at, 1])
         return huge
 
-    def _huge_regions(self, windows: Windows) -> _Index:
-        """Return the runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
+    def _huge_regions(self, pieces: RangePieces) -> _Index:
+        """Return the runs that PMD entries map, within `pieces`: int64, shape (runs, 2), page numbers, ascending."""
         page_size = self._geometry.page_size
-        order = np.argsort(windows.page)
-        starts, ends = windows.page[order], (windows.page + windows.count)[order]
+        order = np.argsort(pieces.page)
+        starts, ends = pieces.page[order], (pieces.page + pieces.count)[order]
         breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         runs = zip(starts[np.r_[0, breaks]].tolist(), ends[np.r_[breaks - 1, len(ends) - 1]].tolist(), strict=True)
         wanted = abi.PAGE_IS_HUGE | abi.PAGE_IS_PRESENT
@@ -247,7 +247,7 @@ class ColumnReader:
         found = read_pmd_mapped(self._pagemap.process)
         ranges = [(vma.pmd_ranges(self._geometry), mapped) for vma, mapped in found]
         whole = [(start, end) for (start, end), mapped in ranges if mapped == end - start]
-        pages = self._within(windows_of(segments, self._geometry), whole).indices()
+        pages = self._within(range_pieces(segments, self._geometry), whole).indices()
         pages = pages[(state[pages] & _PRESENT) != 0]
         state[pages] |= _PMD_MAPPED
         order[pages] = self._geometry.pmd_order

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mthp.abilities import READ_BLOCK
 from mthp.geometry import Geometry
-from mthp.linux.pagecolumns import ColumnReader, Windows, windows_of
+from mthp.linux.pagecolumns import ColumnReader, RangePieces, range_pieces
 from mthp.linux.pagemap import Pagemap
 from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks
 
@@ -59,7 +59,7 @@ class LiveWatch:
     def _sums(self, block: Sequence[Segment]) -> _Seen:
         """Return the PMD ranges of `block`, each with the sum of its words, and huge if it was so before."""
         words = self._pagemap.read(block)
-        windows = windows_of(block, self._geometry)
+        pieces = range_pieces(block, self._geometry)
         n = self._geometry.ptes_per_pmd
         at = 0
         for start, end in block:
@@ -67,12 +67,12 @@ class LiveWatch:
             # A word of none is 0 with any factor.
             words[at : at + count] *= self._factors[first : first + count]
             at += count
-        numbers = windows.page // n
+        numbers = pieces.page // n
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))
         if not len(begins):
             return _Seen.nothing()
-        # Unmapping a window without pages changes a range too.
-        sums = np.add.reduceat(words, windows.index[begins]) + np.add.reduceat(windows.count, begins).astype(np.uint64)
+        # Unmapping a piece without pages changes a range too.
+        sums = np.add.reduceat(words, pieces.index[begins]) + np.add.reduceat(pieces.count, begins).astype(np.uint64)
         ranges = numbers[begins]
         return _Seen(ranges, sums, self._seen.huge_at(ranges))
 
@@ -85,8 +85,8 @@ class LiveWatch:
         unsure = np.flatnonzero(now.huge & ~changed)
         if len(unsure):
             ranges, n = now.ranges[unsure], self._geometry.ptes_per_pmd
-            windows = Windows(ranges * n, np.zeros_like(ranges), np.full_like(ranges, n))
-            changed[unsure] = ~self._columns.are_huge(windows)
+            pieces = RangePieces(ranges * n, np.zeros_like(ranges), np.full_like(ranges, n))
+            changed[unsure] = ~self._columns.are_huge(pieces)
         return changed
 
     def _parts(self, ranges: _Numbers, block: Sequence[Segment]) -> list[Segment]:
@@ -107,10 +107,10 @@ class LiveWatch:
 
     def _huge_ranges(self, columns: PteColumns) -> _Numbers:
         """Return the numbers of the ranges of `columns` that one PMD entry maps whole."""
-        windows = windows_of(columns.segments, self._geometry)
-        huge = (columns.state[windows.index] & np.uint16(Pte.PMD_MAPPED)) != 0
-        huge &= windows.count == self._geometry.ptes_per_pmd
-        numbers: _Numbers = windows.page[huge] // self._geometry.ptes_per_pmd
+        pieces = range_pieces(columns.segments, self._geometry)
+        huge = (columns.state[pieces.index] & np.uint16(Pte.PMD_MAPPED)) != 0
+        huge &= pieces.count == self._geometry.ptes_per_pmd
+        numbers: _Numbers = pieces.page[huge] // self._geometry.ptes_per_pmd
         return numbers
 
 

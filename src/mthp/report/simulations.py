@@ -65,12 +65,12 @@ def report_on_simulation(rows: Sequence[Row], about: Mapping[str, Any], commands
 
 def _verdict(last: Mapping[str, Row], geometry: Geometry) -> str:
     pmd = geometry.label(geometry.pmd_order)
-    said = [
+    parts = [
         f"{policy}: {percent(row['huge_coverage'])} mapped as {pmd}, {format_size(row['bloat_bytes'])} of bloat"
         for policy, row in last.items()
     ]
     seconds = next(iter(last.values()))["seconds"]
-    return f"After {seconds:g} simulated seconds, {'; '.join(said)}."
+    return f"After {seconds:g} simulated seconds, {'; '.join(parts)}."
 
 
 def _over_time(whole: Sequence[Row]) -> Section:

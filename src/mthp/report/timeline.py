@@ -110,13 +110,13 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
     def share(part: int, moment: Moment) -> float:
         return 100 * part / moment.anonymous if moment.anonymous else 0.0
 
-    def told(name: str, value: str, moment: Moment) -> str:
+    def text(name: str, value: str, moment: Moment) -> str:
         return f"{name} after {_time(moment.seconds)}: {value}"
 
-    huge = [(m.seconds, share(m.huge, m), told(f"{pmd} mapped", percent(share(m.huge, m) / 100), m)) for m in moments]
-    large = [(m.seconds, share(m.large, m), told("large", percent(share(m.large, m) / 100), m)) for m in moments]
-    resident = [(m.seconds, float(m.resident), told("resident", format_size(m.resident), m)) for m in moments]
-    mapped = [(m.seconds, float(m.huge), told(f"{pmd} mapped", format_size(m.huge), m)) for m in moments]
+    huge = [(m.seconds, share(m.huge, m), text(f"{pmd} mapped", percent(share(m.huge, m) / 100), m)) for m in moments]
+    large = [(m.seconds, share(m.large, m), text("large", percent(share(m.large, m) / 100), m)) for m in moments]
+    resident = [(m.seconds, float(m.resident), text("resident", format_size(m.resident), m)) for m in moments]
+    mapped = [(m.seconds, float(m.huge), text(f"{pmd} mapped", format_size(m.huge), m)) for m in moments]
     coverage = chart(
         "Coverage over time",
         "Share of the anonymous memory that is resident at each moment.",

@@ -61,8 +61,9 @@ def _packed(text: str, runs: RunTable, page_size: int) -> bytes:
     steps = np.diff(start, prepend=np.uint64(0))
     columns: list[NDArray[Any]] = [runs.vma, steps, runs.pages, runs.state, runs.folio_order]
     raw = b"".join(column.astype(kind).tobytes() for column, kind in zip(columns, COLUMNS.values(), strict=True))
-    said, packed = text.encode(), zlib.compress(raw, 6) if raw else b""
-    return _HEADER.pack(len(said), len(runs), len(packed), zlib.crc32(packed, zlib.crc32(said))) + said + packed
+    encoded, packed = text.encode(), zlib.compress(raw, 6) if raw else b""
+    checksum = zlib.crc32(packed, zlib.crc32(encoded))
+    return _HEADER.pack(len(encoded), len(runs), len(packed), checksum) + encoded + packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +92,14 @@ class _FileBlock:
             return None
         if len(header) < _HEADER.size:
             raise UsageError("damaged: cut short")
-        said, rows, packed, checksum = _HEADER.unpack(header)
+        length, rows, packed, checksum = _HEADER.unpack(header)
         # Lengths are checked before data of that length is read: deflate never doubles its input.
-        JSON_BYTES.check(said)
+        JSON_BYTES.check(length)
         RUNS.check(rows)
         if packed > 2 * _ROW * rows + 1024 or (packed == 0) != (rows == 0):
             raise UsageError("damaged: the columns of a block do not fit its rows")
-        text, columns = file.read(said), file.read(packed)
-        if len(text) < said or len(columns) < packed:
+        text, columns = file.read(length), file.read(packed)
+        if len(text) < length or len(columns) < packed:
             raise UsageError("damaged: cut short")
         # Before anything is parsed or inflated.
         if zlib.crc32(columns, zlib.crc32(text)) != checksum:

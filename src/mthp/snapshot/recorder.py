@@ -107,7 +107,7 @@ def record_series(
     stop: Callable[[], bool] = lambda: False,
     overwrite: bool = False,
     heat: Heat | None = None,
-    told: Callable[[int, float, int], None] | None = None,
+    progress: Callable[[int, float, int], None] | None = None,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     cpu_clock: Clock = time.process_time,
@@ -119,7 +119,7 @@ def record_series(
     Args:
         overwrite: replace a regular file or a symbolic link of that name.
         heat: memory that `space` uses, stored with it.
-        told: called after every step with (steps, seconds, bytes).
+        progress: called after every step with (steps, seconds, bytes).
 
     Raises:
         UsageError: the file exists or cannot be created.
@@ -138,8 +138,8 @@ def record_series(
         while True:
             writer.add(runs, meta | {"seconds": round(last, 6), "cpu_seconds": round(spent, 6)})
             steps += 1
-            if told is not None:
-                told(steps, last, writer.bytes)
+            if progress is not None:
+                progress(steps, last, writer.bytes)
             # From the beginning of this step, so that its own time is a part of the interval.
             due = begin + last + max(pace.every, spent / pace.cpu if pace.cpu else 0.0)
             over = None if pace.duration is None else begin + pace.duration
@@ -195,7 +195,7 @@ class StepTaker:
         self._space = space
         self._watch = abilities.watch(space)
         self.description: Description = describe(space, (), heat)
-        self._said: dict[str, Any] = _said(self.description)
+        self._values: dict[str, Any] = _changing(self.description)
         self._mapped: list[Segment] = []
         self._vmas: dict[int, Vma] = {}
         self._counters: dict[str, int] = {}
@@ -242,10 +242,10 @@ class StepTaker:
         if new := [vma_to_json(vma) for start, vma in now.items() if self._vmas.get(start) != vma]:
             meta["vmas"] = new
         self._mapped, self._vmas = mapped, now
-        said = _said(describe(self._space, ()))
-        if changed := {key: value for key, value in said.items() if self._said[key] != value}:
+        values = _changing(describe(self._space, ()))
+        if changed := {key: value for key, value in values.items() if self._values[key] != value}:
             meta["changed"] = changed
-        self._said = said
+        self._values = values
         return meta
 
     def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> RunTable:
@@ -288,10 +288,10 @@ class StepTaker:
         return _nothing_in(gone, self._space.geometry.ptes_per_pmd)
 
 
-def _said(description: Description) -> dict[str, Any]:
+def _changing(description: Description) -> dict[str, Any]:
     """Return the values of a description that may change from step to step."""
-    said: dict[str, Any] = json.loads(description.to_json())
-    return {key: said[key] for key in CHANGING}
+    values: dict[str, Any] = json.loads(description.to_json())
+    return {key: values[key] for key in CHANGING}
 
 
 def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segment]:

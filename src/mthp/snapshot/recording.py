@@ -144,8 +144,8 @@ class Recording:
         try:
             wanted = parse_duration(text) / 1e9
         except UsageError as error:
-            said = "use its number, or a time such as 30s or 5m"
-            raise UsageError(f"{text!r} is not a step of a recording", help=said) from error
+            remedy = "use its number, or a time such as 30s or 5m"
+            raise UsageError(f"{text!r} is not a step of a recording", help=remedy) from error
         last = self.steps[-1].seconds
         # The last step shows the memory until the next would have come: a recording of 30 s ends with a step before.
         interval = last / max(1, len(self.steps) - 1)

@@ -121,8 +121,8 @@ class StreamWriter:
         except MthpError as error:
             if not self.steps:
                 raise
-            said = f"the steps recorded before can be read; steps: {self.steps}"
-            raise MthpError(error.message, help=said) from error
+            remedy = f"the steps recorded before can be read; steps: {self.steps}"
+            raise MthpError(error.message, help=remedy) from error
         if not self.steps:
             # Before the first step the file is not readable.
             self._new.publish()

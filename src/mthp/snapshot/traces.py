@@ -269,9 +269,9 @@ def _kind_of(path: str) -> str | None:
         "perf": sum(1 for line in lines if _PERF.match(line) or _PERF_ADDRESS.match(line)),
     }
     best = max(votes, key=lambda kind: votes[kind])
-    told = sum(1 for line in lines if line.strip())
+    written = sum(1 for line in lines if line.strip())
     # A quarter of the lines: the output of the program may be in between.
-    return best if votes[best] and 4 * votes[best] >= told else None
+    return best if votes[best] and 4 * votes[best] >= written else None
 
 
 def _example(path: str) -> str:

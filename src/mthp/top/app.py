@@ -41,7 +41,7 @@ INTERVAL = 0.5
 """Seconds between two drawings."""
 
 Opened = Callable[[int], AddressSpace]
-Asked = Callable[[], Mapping[str, Any] | None]
+DaemonStatus = Callable[[], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class View:
         geometry: geometry of the machine.
         options: options of plans and collapses.
         opened: opens a process by its PID, to collapse it; None where nothing can be collapsed.
-        asked: requests the daemon's status; returns None if there is no daemon.
+        status: requests the daemon's status; returns None if there is no daemon.
         switches: the system's switches, in words.
     """
 
@@ -63,7 +63,7 @@ class View:
     geometry: Geometry
     options: PlanOptions
     opened: Opened | None = None
-    asked: Asked = lambda: None
+    status: DaemonStatus = lambda: None
     switches: str = ""
 
 
@@ -246,8 +246,8 @@ class TopApp(App[int]):
     def _draw_detail(self) -> None:
         row = self.chosen
         if row is None:
-            said = "nothing matches" if self.wanted else "nothing is resident"
-            self.query_one("#detail", Static).update(Text(said, style="dim"))
+            why = "nothing matches" if self.wanted else "nothing is resident"
+            self.query_one("#detail", Static).update(Text(why, style="dim"))
             return
         self.query_one("#detail", Static).update(plan_text(row, self.view.geometry, self._policy))
 
@@ -259,7 +259,7 @@ class TopApp(App[int]):
     @work(thread=True, exclusive=True, group="daemon")
     def ask_daemon(self) -> None:
         """Request the daemon's status and show it."""
-        status = self.view.asked()
+        status = self.view.status()
         # Widgets belong to the thread of the event loop.
         self.call_from_thread(self._draw_daemon, status)
 

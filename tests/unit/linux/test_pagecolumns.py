@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.linux import abi, pagecolumns
 from mthp.linux.kpageflags import FolioReader
-from mthp.linux.pagecolumns import windows_of
+from mthp.linux.pagecolumns import range_pieces
 from mthp.linux.pagemap import states
 from mthp.ptes import Pte, spread
 
@@ -26,7 +26,7 @@ def test_windows_are_the_pages_of_each_pmd_range(geometry: Geometry, lengths: li
     for gap, size in lengths:
         segments.append(((at + gap) * geometry.page_size, (at + gap + size) * geometry.page_size))
         at += gap + size + 1
-    windows = windows_of(segments, geometry)
+    pieces = range_pieces(segments, geometry)
 
     expected, index = [], 0
     for start, end in segments:
@@ -35,16 +35,16 @@ def test_windows_are_the_pages_of_each_pmd_range(geometry: Geometry, lengths: li
             first.setdefault(page >> geometry.pmd_order, [page, index, 0])[2] += 1
             index += 1
         expected += list(first.values())
-    found = np.stack([windows.page, windows.index, windows.count], axis=1).tolist()
+    found = np.stack([pieces.page, pieces.index, pieces.count], axis=1).tolist()
     assert found == expected
-    assert windows.indices().tolist() == list(range(index))
+    assert pieces.indices().tolist() == list(range(index))
 
 
 def test_a_segment_beyond_what_a_signed_number_holds() -> None:
     geometry = GEOMETRIES["x86-64"]
-    windows = windows_of([(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000)], geometry)
-    assert windows.page.tolist() == [0xFFFFFFFFFF600]
-    assert windows.count.tolist() == [1]
+    pieces = range_pieces([(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000)], geometry)
+    assert pieces.page.tolist() == [0xFFFFFFFFFF600]
+    assert pieces.count.tolist() == [1]
 
 
 def test_spread() -> None:

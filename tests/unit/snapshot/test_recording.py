@@ -268,7 +268,7 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(r: Path) -> None
 
 
 def test_not_even_the_last_byte_of_a_step_may_be_missing(r: Path) -> None:
-    def record(told: Callable[[int, float, int], None] | None = None) -> None:
+    def record(progress: Callable[[int, float, int], None] | None = None) -> None:
         clock = Clock()
         pace = Pace(duration=1.5)
         record_series(
@@ -276,7 +276,7 @@ def test_not_even_the_last_byte_of_a_step_may_be_missing(r: Path) -> None:
             r,
             pace,
             overwrite=True,
-            told=told,
+            progress=progress,
             clock=clock,
             sleep=clock.sleep,
             cpu_clock=clock.cpu_clock,

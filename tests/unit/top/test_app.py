@@ -92,7 +92,7 @@ def test_processes_stand_by_what_could_be_gained(theme: str, screenshots: Path) 
         path = app.save_screenshot(f"top-{theme}.svg", str(screenshots))
         assert "<svg" in Path(path).read_text("utf-8")
 
-    drive(view(source, asked=lambda: STATUS), script)
+    drive(view(source, status=lambda: STATUS), script)
 
 
 def test_keys_sort_reverse_and_filter() -> None:

@@ -63,7 +63,7 @@ def no_space(_pid: int) -> AddressSpace:
 
 def narrow(script: Callable[[TopApp, Pilot[int]], Awaitable[None]], size: tuple[int, int] = SMALL) -> None:
     """Run `script` on a small screen of the rows."""
-    drive(view(Rows(ROWS), opened=no_space, asked=lambda: STATUS), script, size)
+    drive(view(Rows(ROWS), opened=no_space, status=lambda: STATUS), script, size)
 
 
 def seen(app: TopApp) -> list[str]:

@@ -169,7 +169,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
         wanted = _recorded(case, recorded)
         if case.intact:
             wanted["contents"] = "intact"
-        beyond = stage.entries_told()
+        beyond = stage.known_entries()
         if beyond is not None:
             wanted, found = _up_to(beyond, wanted, found)
         differing = [what for what, value in wanted.items() if value != found[what]]

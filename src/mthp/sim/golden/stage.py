@@ -288,7 +288,7 @@ class Stage:
         """Release of the case's kernel."""
         return self._case.release
 
-    def entries_told(self) -> int | None:
+    def known_entries(self) -> int | None:
         """Return the number of entries before a run that was read beyond the page table; None if none was."""
         beyond = self.machine.parts.beyond_table
         return None if beyond is None else (beyond - self.start) // self.machine.geometry.page_size
