@@ -125,7 +125,11 @@ def left(report: dict[str, Any]) -> str:
 def spread(values: Sequence[float], factor: float = 1.0) -> str:
     """Median, lowest and highest."""
     scaled = [value * factor for value in values]
-    return f"{statistics.median(scaled):,.4g} ({min(scaled):,.4g} to {max(scaled):,.4g})"
+    median, low, high = (
+        f"{each:,.0f}" if each >= 1000 else f"{each:.4g}"
+        for each in (statistics.median(scaled), min(scaled), max(scaled))
+    )
+    return f"{median} ({low} to {high})"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

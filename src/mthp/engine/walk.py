@@ -3,8 +3,8 @@
 The kernel walks one PMD range at a time, depth first: it tries the largest order; if that fails, the halves, the left
 one first; it goes on behind each collapsed run. The runs are the nodes of a binary tree. If every attempt ends as
 its PTEs predict, a node depends only on its ancestors: a run is scanned exactly if none of the runs around it was
-collapsed or skipped. So the walk can go level by level instead, from the PMD order down, for all PMD ranges together,
-each level with a few operations on arrays of counts (:mod:`mthp.engine.occupancy`). Policies differ in the methods of
+collapsed or skipped. So the walk can go order by order instead, from the PMD order down, for all PMD ranges together,
+each order with a few operations on arrays of counts (:mod:`mthp.engine.occupancy`). Policies differ in the methods of
 :mod:`mthp.engine.policy`. Single PTEs are read only for runs that counts do not decide (:mod:`mthp.engine.checks`).
 
 Most memory becomes folios of order 6 or larger. So below that order the walk goes on over only those *parts* of the PMD
@@ -146,7 +146,7 @@ class Walk:
         mapped = 0 if self.planes.pmd_mapped is None else int(np.count_nonzero(self.planes.pmd_mapped))
         return int(self.ranges - mapped) << self._order
 
-    # The walk, level by level.
+    # The walk, order by order.
 
     def _walk(self, first: int, reached: Bits) -> None:
         """Walk from the order `first` down, over those of its runs that are `reached`."""
@@ -162,7 +162,7 @@ class Walk:
             left = np.count_nonzero(reached)
             if not left:
                 break
-            # Gathering the parts costs about as much as one level, so it is done only if few are left.
+            # Gathering the parts costs about as much as one order, so it is done only if few are left.
             if order == PART_ORDER and left <= REST_SHARE * reached.size:
                 parts = np.flatnonzero(reached)
                 self.rest = parts, self._rest_of(self, parts)
