@@ -142,7 +142,7 @@ class named:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UsageError) and not error.message.startswith(self._path):
+        if isinstance(error, UsageError) and not error.message.startswith((f"{self._path}: ", f"{self._path} ")):
             raise UsageError(f"{self._path}: {error.message}", help=error.help) from error
 
 

@@ -43,7 +43,13 @@ def read_heat(path: str | os.PathLike[str]) -> Heat:
     Raises:
         UsageError: the file cannot be read, is too large, or has a line that is not a span.
     """
-    data = read_small(path, HEAT_BYTES)
+    try:
+        data = read_small(path, HEAT_BYTES)
+    except UsageError as error:
+        # Whatever is not a time is taken for a path, also a time that is written wrongly.
+        raise UsageError(
+            error.message, help=error.help or "name a file of start,end,accesses, or a time such as 5s or damon:5s"
+        ) from error
     with named(path):
         lines = data.split(b"\n")
         HEAT_SPANS.check(sum(1 for line in lines if line.strip() and not line.startswith(b"#")))

@@ -93,7 +93,7 @@ def test_negative_numbers(run: Run, command: str) -> None:
 @pytest.mark.parametrize("command", TARGETED)
 def test_a_zombie(run: Run, actor: Actor, command: str) -> None:
     actor.kill_unwaited()
-    refused(run(command, actor.pid), 3, "zombie")
+    refused(run(command, actor.pid), 4, "zombie")
 
 
 @pytest.mark.parametrize("command", TARGETED)
@@ -142,7 +142,7 @@ def test_what_is_no_snapshot(run: Run, tmp_path: Path, command: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("PAR2 and more")
     refused(run(command, path), 2, str(path), "not a Parquet file")
-    refused(run(command, tmp_path), 2, str(tmp_path), "not a regular file")
+    refused(run(command, tmp_path), 2, f"mthp: {tmp_path} is not a regular file")
 
 
 def test_a_snapshot_cannot_be_collapsed(run: Run, snapshot: Path) -> None:
@@ -285,7 +285,7 @@ def test_control_characters_of_a_process_do_not_reach_the_terminal_in_errors(run
         # Ended, and not waited for: a zombie that still has its name.
         os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
         said = run("inspect", target.pid)
-    refused(said, 3, "evil�[31m", "zombie")
+    refused(said, 4, "evil�[31m", "zombie")
     assert "\x1b" not in said.err
     assert "\x07" not in said.err
 
@@ -304,3 +304,8 @@ def test_a_target_that_exits_meanwhile(command: str) -> None:
         assert done.returncode in {0, 1, 3, 4}, done
         answer = json.loads(done.stdout)
         assert done.returncode != 4 or answer.get("vanished") or answer["error"]["exit_code"] == 4
+
+
+@pytest.mark.parametrize("address", ["zz", "-1", "0x", "1_0", " 7f", "1" * 17, "\u0661", ""])
+def test_what_is_no_address(run: Run, address: str) -> None:
+    refused(run("explain", "self", "--", address), 2, "is not an address", "in hex")

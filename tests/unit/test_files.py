@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mthp import files
+from mthp.bounded import named
 from mthp.errors import MthpError, UsageError
 from mthp.files import NewFile, check_output, creating, open_regular, write_whole
 
@@ -165,6 +166,13 @@ with creating({str(tmp_path / "out")!r}) as file:
         child.stdout.readline()
         child.kill()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("message", ["d is not a file", "d: damaged", "damaged"])
+def test_a_message_has_the_name_of_its_file_once(message: str) -> None:
+    with pytest.raises(UsageError) as caught, named("d"):
+        raise UsageError(message)
+    assert caught.value.message in ("d is not a file", "d: damaged")
 
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:

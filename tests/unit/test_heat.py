@@ -151,8 +151,9 @@ def test_a_line_that_makes_no_sense_is_named(line: bytes, tmp_path: Path) -> Non
 
 def test_a_file_is_read_within_bounds(tmp_path: Path) -> None:
     path = tmp_path / "heat"
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read") as caught:
         read_heat(path)
+    assert "a time such as 5s" in caught.value.help
     path.write_text("# nothing\n")
     with pytest.raises(UsageError, match="no heat in it"):
         read_heat(path)

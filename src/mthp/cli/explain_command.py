@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,14 +70,10 @@ def command(
 
 
 def _number(text: str) -> int:
-    try:
-        # With or without 0x. An address has 16 digits at most, and errors print no more than this.
-        number = int(text[:40], 16)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1 << 64:
+    # int() would also take blanks, underscores and digits of other scripts. Errors print no more than this.
+    if not re.fullmatch("(0[xX])?[0-9a-fA-F]{1,16}", text):
         raise UsageError(f"{text[:40]!r} is not an address", help="write it in hex: 0x7f0000000000, as inspect does")
-    return number
+    return int(text, 16)
 
 
 def _print(explanation: Explanation, history: History) -> None:

@@ -357,7 +357,7 @@ def open_live(target: int | Literal["self"]) -> LiveAddressSpace:
 
     Raises:
         TargetVanishedError: there is no such process.
-        UnsupportedError: a zombie or a kernel thread.
+        UnsupportedError: a kernel thread.
         UsageError: not a PID, or that of a thread.
     """
     process = Process(target)

@@ -3,8 +3,8 @@
 The kernel assigns a PID to another process as soon as its owner is gone. A pidfd (pidfd_open(2)) refers to the process
 itself, and so does an open directory ``/proc/PID``; so all reads and advice concern the process that was opened.
 
-Ways to fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
-the start (:class:`~mthp.errors.UnsupportedError`), or belongs to another user
+Ways to fail: the process is gone or a zombie (:class:`~mthp.errors.TargetVanishedError`), was a kernel thread from the
+start (:class:`~mthp.errors.UnsupportedError`), or belongs to another user
 (:class:`~mthp.errors.NotPermittedError`).
 """
 
@@ -69,8 +69,8 @@ class Process(Closing):
         starttime: its start, in clock ticks since boot.
 
     Raises:
-        TargetVanishedError: there is no such process.
-        UnsupportedError: a zombie, a kernel thread, a kernel without pidfds (before 5.3), or a /proc of another PID
+        TargetVanishedError: there is no such process, or it is a zombie.
+        UnsupportedError: a kernel thread, a kernel without pidfds (before 5.3), or a /proc of another PID
             namespace.
         NotPermittedError: the process is hidden, or pidfd_open is filtered.
         UsageError: not a PID, or that of a thread.
@@ -122,7 +122,8 @@ class Process(Closing):
                 help="/proc shows no memory of such a process",
             )
         if stat.state == "Z":
-            raise UnsupportedError(
+            # As for a process that exits later: a name may have found it a moment ago.
+            raise TargetVanishedError(
                 f"process {self.pid} ({self.comm}) is a zombie",
                 help="it has exited and has no memory; its parent has not waited for it yet",
             )

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.bounded import named
 from mthp.errors import UnsupportedError, UsageError
 from mthp.files import open_regular, writing
 from mthp.ptes import ORDER_NONE
@@ -58,9 +59,10 @@ def _read_errors() -> tuple[type[Exception], ...]:
 def reading(path: str) -> Iterator[None]:
     """Turn errors from reading `path` into a :class:`~mthp.errors.UsageError` with the path."""
     try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", help=error.help) from error
+        with named(path):
+            yield
+    except UsageError:
+        raise
     except _read_errors() as error:
         # Arrow raises OSError without an errno for damaged contents, and ArrowMemoryError for absurd sizes in them.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
