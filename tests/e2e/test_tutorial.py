@@ -43,7 +43,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, thp_switches: ThpSwitche
     assert "ready" in done.stdout
     assert (tmp_path / "holes.html").stat().st_size > 10_000
     # As the text says, the snapshot after the collapse has the program's memory in folios of 2M.
-    kept = mthp.inspect(tmp_path / "holes.parquet")
+    kept = mthp.inspect(tmp_path / "holes.mthp")
     assert kept.anonymous.coverage.pages[PMD_ORDER] * PAGE_SIZE > 0.9 * (64 << 20), done.stdout
 
 

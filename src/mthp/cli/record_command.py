@@ -29,7 +29,7 @@ from mthp.heat import HeatRequest
 from mthp.naming import HOW_TO_NAME
 from mthp.snapshot.recorder import OVER, Pace, Recorded, record_series
 from mthp.targets import Found, Targets, find_targets, pid_of
-from mthp.text import clean
+from mthp.text import clean, numbered
 from mthp.units import format_size, percent
 
 STRETCHED = 1.5
@@ -244,8 +244,8 @@ def targets_table(each: Each[Recorded]) -> Table:
 def _print_one(out: Console, done: Recorded, late: str) -> None:
     say(
         out,
-        f"{done.path}: {done.label}, {done.steps} steps over {done.seconds:.1f} s, {format_size(done.bytes)};"
-        f" {done.cpu_seconds:.2f} s of processor time; ended because {_why(done.end)}",
+        f"{done.path}: {done.label}, {numbered(done.steps, 'step')} over {done.seconds:.1f} s,"
+        f" {format_size(done.bytes)}; {done.cpu_seconds:.2f} s of processor time; ended because {_why(done.end)}",
     )
     note(out, [late, *done.missing])
 

@@ -61,8 +61,8 @@ SPARSE_RATIO = 4
 """Use PAGEMAP_SCAN to skip holes only if the request is this many times RSS plus swap."""
 
 NO_PFNS = (
-    "page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM pages:"
-    " CAP_SYS_ADMIN shows them (run as root)"
+    "not visible: page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM"
+    " pages; CAP_SYS_ADMIN shows them (run as root)"
 )
 NEEDS_MOVER = "MADV_COLLAPSE makes folios of the PMD size only: smaller ones need the mechanism move"
 NEEDS_CALL = "the mover makes no folios of the PMD size: MADV_COLLAPSE does"
