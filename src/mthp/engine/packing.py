@@ -27,6 +27,9 @@ MOST_COMPACTIONS = 100
 _FEW = 4
 """Unknown pages of a block up to which they count as listed, which are scattered: the kernel's own lie together."""
 
+_BATCH = 32
+"""Pages for which compaction looks for free ones at a time (COMPACT_CLUSTER_MAX, include/linux/swap.h)."""
+
 _NO_STEP = -1
 """Step of a page that no step frees."""
 
@@ -196,14 +199,14 @@ class Packing:
             # Pages are not moved to blocks that are free already.
             if closed[row] or whole[row]:
                 continue
-            pages = _found(free[row], stride)
+            pages = _found(free[row], stride, _BATCH - count % _BATCH)
             stride = 1 if len(pages) else min(2 * stride, self._blocks.stride)
             found.append((row << order) + pages)
             count += len(pages)
         return np.concatenate(found)
 
 
-def _found(free: NDArray[np.bool_], stride: int) -> Frames:
+def _found(free: NDArray[np.bool_], stride: int, wanted: int) -> Frames:
     """Return the free pages that the scanner finds in one block, ascending.
 
     After a block without any it looks at half as many pages of the next, down to every 32nd. It takes a free block
@@ -212,6 +215,7 @@ def _found(free: NDArray[np.bool_], stride: int) -> Frames:
     Args:
         free: bool, shape (pages,): free pages of the block.
         stride: pages from one that it looks at to the next.
+        wanted: pages for which it looks. Having found them it stops, and later continues there page by page.
     """
     if stride == 1 or not free[::stride].any():
         return np.flatnonzero(free[::stride])
@@ -220,6 +224,8 @@ def _found(free: NDArray[np.bool_], stride: int) -> Frames:
     while at < len(sizes):
         if size := sizes[at]:
             begins.append(np.arange(at, at + size))
+            wanted -= size
+            stride = stride if wanted > 0 else 1
             at += size - 1
         at += stride
     return np.concatenate(begins)
@@ -249,7 +255,7 @@ def _listed(free: FreeMemory, blocks: MemoryBlocks) -> NDArray[np.bool_]:
     mixed = (blocks.count(FREE) + blocks.count(MOVES) > 0) & (unknown > 0) & (unknown <= _FEW)
     listed = np.zeros(len(mixed), np.bool_)
     for number, zone in enumerate(free.zones):
-        rows = np.flatnonzero(mixed & (blocks.zone == number))
-        rows = rows[np.argsort(unknown[rows], kind="stable")]
-        listed[rows[np.cumsum(unknown[rows]) * blocks.weight <= zone.listed]] = True
+        rows = mixed & (blocks.zone == number)
+        # If the lists hold fewer pages than that, most of these are the kernel's.
+        listed |= rows & (unknown[rows].sum() * blocks.weight <= zone.listed)
     return listed

@@ -25,7 +25,7 @@ from mthp.means import Means
 from mthp.measuring import BLOCK_PAGES, measure
 from mthp.metrics import Coverage, anonymous_pages, page_numbers
 from mthp.ptes import Pte, in_range_blocks
-from mthp.trimming import in_use
+from mthp.trimming import given_back, in_use
 from mthp.units import format_size
 
 Progress = Callable[[int, int, str], None]
@@ -293,11 +293,11 @@ def _frames(space: AddressSpace, work: _Work) -> Freed:
 def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
     """Return the pages of the folios of `trim`."""
     page_size = space.geometry.page_size
-    chosen = sorted(zip(trim.folios, trim.zero, trim.gains, strict=True), key=lambda folio: folio[0])
-    pfn = space.read([(address, address + page_size) for (address, _), _, _ in chosen]).pfn
+    chosen = sorted(zip(trim.folios, trim.zero, strict=True), key=lambda folio: folio[0])
+    pfn = space.read([(address, address + page_size) for (address, _), _ in chosen]).pfn
     freed, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for head, (_, zero, gain) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
-        given_back = np.flatnonzero(zero)[:gain]
-        freed.append(head + given_back)
-        kept.append(head + np.delete(np.arange(len(zero)), given_back))
+    for head, (_, zero) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
+        gone = given_back(zero, trim.by or "split", page_size)
+        freed.append(head + np.flatnonzero(gone))
+        kept.append(head + np.flatnonzero(~gone))
     return Trimmed(np.concatenate(freed), np.concatenate(kept))

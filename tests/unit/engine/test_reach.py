@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +115,12 @@ def test_each_step_takes_a_block_and_leaves_small_pages() -> None:
 
 
 def memory_of(*blocks: str, weight: int = 1) -> MemoryBlocks:
-    """Return blocks of 8 pages: F is free, M moves, S stays, U is unknown; a block in lower case is closed."""
+    """Return blocks of some pages: F is free, M moves, S stays, U is unknown; a block in lower case is closed."""
     kinds = {"F": FREE, "M": MOVES, "S": STAYS, "U": UNKNOWN}
     pages = np.array([[kinds[page] for page in block.upper()] for block in blocks], np.int8)
     closed = np.array([block.islower() for block in blocks])
-    return MemoryBlocks(3, np.arange(len(blocks)), np.zeros(len(blocks), np.int8), pages, closed, weight)
+    order = len(blocks[0]).bit_length() - 1
+    return MemoryBlocks(order, np.arange(len(blocks)), np.zeros(len(blocks), np.int8), pages, closed, weight)
 
 
 def freed(*by_step: Sequence[int]) -> Freed:
@@ -175,13 +175,17 @@ def test_after_blocks_without_free_pages_the_scanner_overlooks_free_pages() -> N
     assert compacted(work, memory, packing(memory, low, even, even, even, full, full)) == (1, {Limit.NOTHING})
 
 
+def test_with_as_many_free_pages_as_it_wants_the_scanner_continues_page_by_page() -> None:
+    work, memory = steps(6, 1), free(900, kept=-900)
+    low, full, dense = "M" * 44 + "F" * 20, "M" * 64, "F" * 32 + "MF" * 16
+    assert compacted(work, memory, packing(memory, low, dense, full, full)) == (1, {Limit.NOTHING})
+
+
 def test_costly_orders_are_compacted_above_the_low_watermark_alone() -> None:
-    zone = FreeZone((), 0, above=8)
-    pages = np.array([[MOVES] * 8 + [FREE] * 8] * 4, np.int8)
-    blocks = MemoryBlocks(4, np.arange(4), np.zeros(4, np.int8), pages, np.zeros(4, np.bool_))
+    halves = ["M" * 8 + "F" * 8] * 4
     for above, result in ((0, (1, {Limit.NOTHING})), (1, (0, {Limit.KEPT}))):
-        memory = FreeMemory((replace(zone, blocks=(32,), above=above),))
-        assert compacted(steps(4, 1), memory, Packing(memory, blocks, freed())) == result
+        memory = FreeMemory((FreeZone((32,), 0, above=above),))
+        assert compacted(steps(4, 1), memory, packing(memory, *halves)) == result
 
 
 def test_unknown_pages_are_free_if_they_are_few_and_the_lists_of_processors_hold_as_many() -> None:
@@ -192,7 +196,7 @@ def test_unknown_pages_are_free_if_they_are_few_and_the_lists_of_processors_hold
         return compacted(work, memory, packing(memory, *blocks))[0]
 
     assert with_listed(2, "UMMMFFFF", "UMMMFFFF", "MMMMFFFF", "MMMMFFFF") == 2
-    assert with_listed(0, *["UMMMFFFF"] * 4) == 0
+    assert with_listed(3, *["UMMMFFFF"] * 4) == 0
 
 
 def test_a_sample_stands_for_the_memory_of_the_machine() -> None:
