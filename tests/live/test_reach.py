@@ -25,8 +25,8 @@ from mthp.engine.reached import reach_of
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.trim import TrimOptions, trim_space
-from mthp.linux.headroom import parse_meminfo
 from mthp.linux.live import LiveAddressSpace
+from mthp.linux.memorylimits import parse_meminfo
 from mthp.linux.process import Process
 from mthp.means import Means
 from mthp.measuring import measure

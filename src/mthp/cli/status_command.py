@@ -74,7 +74,7 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
 
 
 def _row(target: dict[str, Any]) -> list[str]:
-    state = "at work" if target["working"] else f"next check in {target['next_look_seconds']:.1f} s"
+    state = "at work" if target["working"] else f"next look in {target['next_look_seconds']:.1f} s"
     if target["left_out"]:
         state = f"left out: {target['left_out']}"
     elif target["reasons"]:

@@ -18,9 +18,9 @@ from mthp.engine.packing import Freed, Packing
 from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import MOVES, MemoryBlocks, parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-from mthp.linux.headroom import free_memory, parse_meminfo
 from mthp.linux.kernelfiles import text_of
 from mthp.linux.memoryblocks import memory_blocks
+from mthp.linux.memorylimits import free_memory, parse_meminfo
 from mthp.pacing import Backoff, Clock
 
 ASK_SECONDS = 0.5

@@ -22,8 +22,8 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
-from mthp.linux.headroom import memory_bounds
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.memorylimits import memory_bounds
 from mthp.linux.split.file import split_ability
 from mthp.means import Means, Mechanism
 from mthp.measuring import measure

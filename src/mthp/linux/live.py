@@ -25,10 +25,10 @@ from mthp.linux import abi, procfs
 from mthp.linux.contents import Contents
 from mthp.linux.facts import FactsReader
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
-from mthp.linux.headroom import free_memory, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
 from mthp.linux.memoryblocks import memory_blocks
+from mthp.linux.memorylimits import free_memory, memory_bounds
 from mthp.linux.pagecolumns import ColumnReader
 from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
 from mthp.linux.pins import pinned_by

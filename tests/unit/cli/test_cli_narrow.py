@@ -191,4 +191,4 @@ def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     check(lambda: main(["status"]), width, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "300")
     main(["status"])
-    assert "eagerness 3.2; next check" in capsys.readouterr().out
+    assert "eagerness 3.2; next look" in capsys.readouterr().out

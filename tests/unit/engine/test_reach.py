@@ -27,7 +27,7 @@ from mthp.freememory import (
     MemoryBlocks,
     parse_free_memory,
 )
-from mthp.linux.headroom import free_memory
+from mthp.linux.memorylimits import free_memory
 from mthp.means import Means
 from mthp.ptes import Pte
 from mthp.vma import Vma

@@ -19,7 +19,7 @@ from mthp.freememory import parse_buddyinfo
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux.doctor.examination import examine
 from mthp.linux.doctor.findings import Examination, Finding, State
-from mthp.linux.headroom import parse_meminfo
+from mthp.linux.memorylimits import parse_meminfo
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights

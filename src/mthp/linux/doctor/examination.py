@@ -32,7 +32,7 @@ from mthp.linux.doctor.findings import (
 from mthp.linux.doctor.heat_sources import HEAT_QUESTIONS
 from mthp.linux.doctor.move_ability import MOVE_QUESTIONS
 from mthp.linux.doctor.split_ability import SPLIT_QUESTIONS
-from mthp.linux.headroom import cgroup_bounds, parse_meminfo
+from mthp.linux.memorylimits import cgroup_bounds, parse_meminfo
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs

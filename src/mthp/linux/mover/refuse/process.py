@@ -21,7 +21,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.linux.abi import KCMP_FILES, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
-from mthp.linux.headroom import memory_bounds
+from mthp.linux.memorylimits import memory_bounds
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.padding import find_padding
 from mthp.linux.mover.refuse.devices import open_files, refuse_files

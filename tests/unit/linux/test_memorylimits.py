@@ -10,7 +10,7 @@ import pytest
 from mthp.budget import MACHINE, MemoryBound, Room
 from mthp.geometry import X86_64
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
-from mthp.linux.headroom import cgroup_bounds, machine_bounds, memory_bounds
+from mthp.linux.memorylimits import cgroup_bounds, machine_bounds, memory_bounds
 from mthp.linux.mover.refuse.process import low_memory
 
 NO_LIMIT_OF_V1 = "9223372036854771712"
