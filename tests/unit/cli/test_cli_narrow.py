@@ -143,6 +143,12 @@ def test_demo(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     story = Story("4711 (server) and 4712 (server)", "6.18.44", X86_64, 4, {9: "madvise", 4: "move"}, "no debugfs")
     story.chapters, story.undone = chapters, ["99 things could not be done"]
     check(lambda: print_story(console(), story), width, capsys, monkeypatch)
+    assert "not on the PATH" not in capsys.readouterr().out
+    # As after `make demo`, whose last lines name commands to type.
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", [".venv/bin/mthp"])
+    print_story(console(), story)
+    assert " ".join(capsys.readouterr().out.split()).endswith("mthp is not on the PATH: it is .venv/bin/mthp")
 
 
 @WIDTHS
