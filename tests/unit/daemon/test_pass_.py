@@ -93,12 +93,10 @@ def test_sizes_that_only_the_mover_makes_are_named_with_its_price() -> None:
 
 
 @pytest.mark.parametrize(("left", "collapsed"), [(64 << 20, []), ((66 << 20) - 1, []), (66 << 20, [0])])
-def test_memory_that_must_stay_free_is_not_taken(
-    left: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_must_stay_free_is_not_taken(left: int, collapsed: list[int]) -> None:
     stage = Stage(FULL)
     bounds = [MemoryBound("/sys/fs/cgroup/x", 400 << 20, left)]
-    monkeypatch.setattr(stage.space, "memory_bounds", lambda: bounds, raising=False)
+    stage.space.memory_bounds = lambda: bounds  # type: ignore[attr-defined]
     stage.steps(5.0)
     assert stage.collapsed == collapsed
     assert any("must stay free" in reason for reason in stage.target.reasons) == (not collapsed)

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-
 from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
 from mthp.daemon.forks import SHORT_CHILD_SECONDS, Forks
@@ -162,7 +160,7 @@ def test_switches_that_change_are_told_to_every_target() -> None:
     assert [target.followed for target in targets] == [1, 1, 1]
 
 
-def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn() -> None:
     stage = Stage()
     trimmed: list[int] = []
     for pid, share in ((1, 0.5), (2, None), (3, 0.5)):
@@ -175,7 +173,7 @@ def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatc
             target.trim_at = stage.now + 60.0
 
         target.trim = trim
-    monkeypatch.setattr(stage.worker.pressure, "rests", lambda: True)
+    stage.worker.pressure.rests = lambda: True  # type: ignore[method-assign]
     stage.worker.pressure.resting = True
     for _ in range(400):
         stage.worker._once()
@@ -188,7 +186,7 @@ def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatc
     assert len(trimmed) == before
 
 
-def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims() -> None:
     stage = Stage()
     trimmed: list[int] = []
     for pid in (1, 2):
@@ -204,7 +202,7 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
             trimmed.append(pid)
 
         target.trim = trim
-    monkeypatch.setattr(stage.worker.pressure, "rests", lambda: True)
+    stage.worker.pressure.rests = lambda: True  # type: ignore[method-assign]
     stage.worker.pressure.resting = True
     for _ in range(4):
         stage.worker._once()
