@@ -188,19 +188,6 @@ def test_pinned_pages_are_left_alone_and_let_go(tmp_path: Path) -> None:
     assert check(inside.machine) == []
 
 
-def test_on_a_fragmented_machine_large_folios_are_rare(tmp_path: Path) -> None:
-    text = HEAD.format(seconds=3, memory="64M")
-    rows = {}
-    for share in ("0%", "95%"):
-        path = tmp_path / "scenario.toml"
-        path.write_text(
-            text.replace('memory = "64M"', f'memory = "64M"\nfragmentation = "{share}"') + process("service")
-        )
-        rows[share] = simulate(load_scenario(path)).last
-    assert rows["0%"]["huge_coverage"] > 0.5
-    assert rows["95%"]["huge_coverage"] < rows["0%"]["huge_coverage"]
-
-
 @pytest.mark.parametrize(
     ("of_the_process", "fault"),
     [
