@@ -204,31 +204,6 @@ def test_it_does_not_matter_what_a_backend_knows_to_be_empty(data: st.DataObject
     assert same(planned(space, **options), knowing)
 
 
-@settings(max_examples=examples(20))
-@given(st.data())
-def test_a_plan_on_a_snapshot_equals_that_on_its_origin(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    pytest.importorskip("pyarrow")
-    from mthp.snapshot import load, record
-
-    space = data.draw(layouts())
-    options = data.draw(plan_choices(space.geometry)) | {"orders": data.draw(st.sampled_from([None, "enabled"]))}
-    path = tmp_path_factory.mktemp("snapshot") / "space.parquet"
-    record(space, path)
-    live = planned(space, **options)
-    with load(path) as snapshot:
-        recorded = planned(snapshot, **options)
-    assert same(recorded, live)
-    assert recorded.refused == live.refused
-    assert (recorded.planned_bytes, recorded.orders, recorded.tunables) == (
-        live.planned_bytes,
-        live.orders,
-        live.tunables,
-    )
-    assert mthp.plan(path, **options).folios_by_order == live.folios_by_order
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=lambda geometry: geometry.name)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_full_memory_becomes_one_folio_a_range_on_every_machine(geometry: Geometry, policy: str) -> None:
