@@ -164,6 +164,8 @@ class FakeSpace(AddressSpace):
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         found: list[Segment] = []
         for start, end in segments:
+            if start == end:
+                continue
             first = start // granule * granule
             # From the start on: addresses above 1 << 63 are no int64.
             offsets = np.maximum(np.arange(first - start, end - start, granule), 0) // self._geometry.page_size
