@@ -146,7 +146,10 @@ class TomlDocument:
     def _table_at(self, place: Place) -> dict[str, Any]:
         table = self.value(*place)
         if table is not None and not isinstance(table, dict):
-            self.refuse(place, "is not a table", help=f"write [{shown_place(place)}] on a line of its own")
+            # The heading of a table within a list does not say in which one of the list it is.
+            inline = any(isinstance(part, int) for part in place)
+            how = f"{place[-1]} = {{ ... }}" if inline else f"[{shown_place(place)}] on a line of its own"
+            self.refuse(place, "is not a table", help=f"write {how}")
         return table if isinstance(table, dict) else {}
 
     def _reader(self, reader: Reader | str) -> Reader:

@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A closed pipe needs no words: the reader, such as head(1), had enough.
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
-                _say(str(error), "")
+                # Only an error of the output itself has no file name.
+                _say(str(error) if error.filename else f"the output cannot be written: {error.strerror}", "")
         return exit_code_if_ended() or 1
 
 

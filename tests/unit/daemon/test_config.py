@@ -84,6 +84,8 @@ def test_rules_for_different_processes_or_with_the_same_settings_do_not_clash(
         ),
         ("[[rule]]\nmatch = { cgroup = '/sys/fs/cgroup/a' }", "is a path of the file system", "below"),
         ("[[rule]]\nmatch = { comm = [] }", "an empty list has no effect", "leave it out"),
+        ("[[rule]]\nmatch = 'redis'", "rules.toml:2: rule 1.match is not a table", "match = { ... }"),
+        ("daemon = 1", "rules.toml:1: daemon is not a table", "[daemon] on a line"),
         ("[rule]\nmatch = {}", "rules.toml:1: rule is not a list of tables", "[[rule]]"),
         ("a = ", "rules.toml: not TOML: Invalid value", "TOML"),
         ('[defaults]\nmax_pause = "1"', "max_pause: '1' has no unit", "1ms"),
