@@ -107,9 +107,12 @@ def verify(target: Target, *expectations: str) -> Verification:
         expectations: such as ``"2M>=95%"`` or ``"heap:64K>=90%"`` (:mod:`mthp.engine.verify`).
 
     Raises:
-        UsageError: a text that is not an expectation, or a size that no folio has there.
+        UsageError: no expectation, a text that is not one, or a size that no folio has there.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
     """
+    if not expectations:
+        # Without one every target would pass.
+        raise UsageError("no expectation was given", help='write verify(target, "2M>=95%")')
     expected = [Expectation.parse(each) for each in expectations]
     with open_target(target) as space:
         return verify_space(space, expected)
@@ -181,7 +184,7 @@ def compare(target: Target, policies: Sequence[str] = (), *, scans: int | None =
     """Compute side by side what several policies would make of `target`.
 
     Args:
-        policies: their names; by default :data:`mthp.lab.compare.DEFAULT_POLICIES`.
+        policies: their names, or one name; by default :data:`mthp.lab.compare.DEFAULT_POLICIES`.
         scans: times that each policy's plan is carried out in memory and planned again; None: until nothing changes.
         limits: lists of values of max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order and orders.
 
@@ -193,7 +196,9 @@ def compare(target: Target, policies: Sequence[str] = (), *, scans: int | None =
     from mthp.lab.compare import DEFAULT_POLICIES, settings_of
     from mthp.lab.compare import compare as compare_space
 
-    settings = settings_of(policies or DEFAULT_POLICIES, **limits)
+    # A text is a sequence, too, of letters.
+    names = [policies] if isinstance(policies, str) else policies
+    settings = settings_of(names or DEFAULT_POLICIES, **limits)
     with open_target(target) as space:
         return compare_space(space, settings, scans=scans)
 

@@ -61,9 +61,19 @@ class Amount:
         return format_size(self.size) if self.size is not None else f"{100 * (self.share or 0.0):g}%"
 
 
-def as_amount(value: Amount | int | None) -> Amount | None:
-    """Return `value` as an amount; a number is in bytes."""
-    return Amount(size=value) if isinstance(value, int) else value
+AnyAmount = Amount | int | str | None
+"""What :func:`as_amount` takes."""
+
+
+def as_amount(value: AnyAmount) -> Amount | None:
+    """Return `value` as an amount; a number is in bytes, a text as :func:`parse_amount` reads it.
+
+    Raises:
+        UsageError: `value` is below 0, or not an amount.
+    """
+    if value is None or isinstance(value, Amount):
+        return value
+    return Amount(size=value) if isinstance(value, int) else parse_amount(value)
 
 
 DEFAULT_BLOAT = Amount(share=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mthp.budget import DEFAULT_BLOAT, Amount, as_amount
+from mthp.budget import DEFAULT_BLOAT, AnyAmount, as_amount
 from mthp.errors import UsageError
 
 Mechanism = Literal["auto", "madvise", "split", "move", "madvise,move", "khugepaged"]
@@ -25,7 +25,8 @@ class Means:
 
     Attributes:
         mechanism: the mechanism; see :data:`Mechanism`.
-        max_bloat: growth of resident memory, in bytes or as a share of the resident bytes; None without a bound.
+        max_bloat: growth of resident memory, in bytes or as a share of the resident bytes, also as a text such as
+            ``"10%"``; None without a bound.
         max_copied: bytes that may be copied, or a share of the resident bytes; None without a bound.
         reserve: memory that must stay free below every limit of the target, in bytes or as a share of the limit; None
             for the default (:func:`mthp.budget.kept_free`).
@@ -44,9 +45,9 @@ class Means:
     """
 
     mechanism: Mechanism = "auto"
-    max_bloat: Amount | int | None = DEFAULT_BLOAT
-    max_copied: Amount | int | None = None
-    reserve: Amount | int | None = None
+    max_bloat: AnyAmount = DEFAULT_BLOAT
+    max_copied: AnyAmount = None
+    reserve: AnyAmount = None
     max_threads: int | None = None
     rate: int | None = None
     max_pause: float = MAX_PAUSE_NS * 1e-9

@@ -276,8 +276,8 @@ def pid_of(target: Target) -> int | None:
             return None
         # Python does not convert numbers of thousands of digits. The first 20 are as invalid as all of them.
         target = int(target[:20])
-    # NumPy's integers are not ints.
-    if not isinstance(target, numbers.Integral):
+    # NumPy's integers are not ints, and True is not a PID.
+    if isinstance(target, bool) or not isinstance(target, numbers.Integral):
         return None
     target = int(target)
     if not 0 < target <= PID_MAX:

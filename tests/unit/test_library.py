@@ -13,6 +13,7 @@ import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
+from mthp.budget import Amount, as_amount
 from mthp.buffers import memory_of
 from mthp.engine.collapse import carry_out
 from mthp.engine.picture import ACROSS, CELL, MOST, picture
@@ -276,3 +277,24 @@ def test_a_picture_of_every_size_is_no_wider_than_its_cells() -> None:
     # Twelve pixels of text are less than seven a letter.
     assert all(int(each.get("x", "0")) + 7 * len(each.text or "") <= width for each in names)
     assert all(int(each.attrib["y"]) <= height for each in names)
+
+
+def test_amounts_are_written_as_on_the_command_line() -> None:
+    assert as_amount("10%") == Amount(share=0.1)
+    assert as_amount("64M") == Amount(size=64 << 20)
+    for wrong in ("x", "5", -1, [1]):
+        with pytest.raises(UsageError):
+            Means(max_bloat=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("expectations", [(), (["2M>=0%"],), (5,), ("2M",)])
+def test_what_is_no_expectation(file: Path, expectations: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError, match="expectation"):
+        mthp.verify(str(file), *expectations)
+
+
+def test_a_comparison_takes_one_policy_too_and_no_other_scans(file: Path) -> None:
+    assert mthp.compare(str(file), "mainline").names == ["mainline"]
+    for wrong in (0, -1, "all", 1.5):
+        with pytest.raises(UsageError, match="not a number of scans"):
+            mthp.compare(str(file), "mainline", scans=wrong)  # type: ignore[arg-type]

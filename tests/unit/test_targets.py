@@ -54,7 +54,7 @@ def test_a_file_that_is_not_there(target: str | os.PathLike[str]) -> None:
     assert "mthp snapshot" in caught.value.help
 
 
-@pytest.mark.parametrize("target", [None, 3.5, ["1"], np.ones(4)], ids=["none", "float", "list", "array"])
+@pytest.mark.parametrize("target", [None, 3.5, True, ["1"], np.ones(4)], ids=["none", "float", "bool", "list", "array"])
 def test_what_cannot_be_a_target_is_refused_by_its_type(target: Any) -> None:
     with pytest.raises(UsageError, match=f"not of type {type(target).__name__}") as caught:
         open_target(target)

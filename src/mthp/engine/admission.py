@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mthp import abilities, thp_unadvised
 from mthp.addrspace import AddressSpace
-from mthp.budget import Amount, Room, as_amount
+from mthp.budget import AnyAmount, Room, as_amount
 from mthp.means import Means
 from mthp.ptes import Block, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -122,7 +122,7 @@ def bloat_budget(space: AddressSpace, means: Means) -> int | None:
     return _bytes_of(space, means.max_bloat)
 
 
-def _bytes_of(space: AddressSpace, bound: Amount | int | None) -> int | None:
+def _bytes_of(space: AddressSpace, bound: AnyAmount) -> int | None:
     amount = as_amount(bound)
     if amount is None or amount.share is None:
         return None if amount is None else amount.size

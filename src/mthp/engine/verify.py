@@ -62,9 +62,9 @@ class Expectation:
         Raises:
             UsageError: `text` is not an expectation.
         """
-        found = _EXPECTATION.fullmatch(text)
+        found = _EXPECTATION.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise UsageError(f"{text[:60]!r} is not an expectation", help=_HOW)
+            raise UsageError(f"{str(text)[:60]!r} is not an expectation", help=_HOW)
         try:
             least = parse_share(found["share"].strip())
         except UsageError as error:

@@ -263,8 +263,8 @@ def compare(
     """
     if not settings:
         raise UsageError("no policy was given", help=f"use --policies with some of {', '.join(policy_names())}")
-    if scans is not None and scans < 1:
-        raise UsageError(f"{scans} scans are too few", help="use 1 for the next scan, or all for the final state")
+    if scans is not None and not (isinstance(scans, int) and scans >= 1):
+        raise UsageError(f"{scans!r} is not a number of scans", help="use 1 for the next, None for the final state")
     geometry = space.geometry
     processor = processor or Processor.named("skylake")
     heat = heat_of(space, heat)

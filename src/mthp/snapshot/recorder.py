@@ -59,9 +59,10 @@ class Pace:
     cpu: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("interval", self.every), ("duration", self.duration), ("share of a processor", self.cpu)):
+        for name in ("every", "duration", "cpu"):
+            value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"a {name} of {value:g} is not above 0")
+                raise UsageError(f"{name} is not above 0: {value:g}", help="use a larger value")
 
 
 OVER = "the duration was over"

@@ -16,7 +16,7 @@ import numpy as np
 
 from mthp.abilities import memory_bounds, zero_filled
 from mthp.blockstates import EXITED
-from mthp.budget import Amount, Room, as_amount
+from mthp.budget import AnyAmount, Room, as_amount
 from mthp.closing import Closing
 from mthp.errors import TargetVanishedError
 from mthp.linux.interruptions import interruptions_held_back
@@ -67,7 +67,7 @@ class SplitBlocks(Closing):
         # Before anything is opened: a kernel that cannot split would leave every range as one filled PMD folio.
         ability.require_split()
         self._mappings = _ListedMappings(space, clock)
-        self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
+        self._rooms: dict[AnyAmount, _RenewedRoom] = {}
         self._divider = divider_of(space, opened() if file is None else file, ability)
         self._calls_ns: list[int] = []
 
