@@ -26,8 +26,8 @@ from mthp.pacing import Backoff, Clock
 ASK_SECONDS = 0.5
 """Least seconds between two reads of the machine's pressure and its free memory."""
 
-REACH_FRAMES = 1 << 21
-"""Frames of which is read what they hold, 8 GiB on x86-64, which takes 0.2 seconds."""
+REACH_FRAMES = 1 << 19
+"""Frames of which is read what they hold, 2 GiB on x86-64: compaction is followed in them, which takes longer."""
 
 REACH_SECONDS = 60.0
 """What is in reach on the machine is found out no more often than that."""

@@ -188,21 +188,31 @@ class Packing:
 
     def _targets(self, kinds: Kinds, closed: NDArray[np.bool_]) -> Frames:
         """Return the indexes of free pages in the order in which the scanner finds them (isolate_freepages())."""
-        free, order = kinds == FREE, self._blocks.order
-        whole = free.all(axis=1)
-        below = np.cumsum((kinds == MOVES).sum(axis=1)).tolist()
-        found, count, stride = [np.empty(0, np.int64)], 0, 1
-        for row in range(len(kinds) - 1, 0, -1):
-            # There is room for all pages of lower blocks.
-            if count >= below[row - 1]:
-                break
-            # Pages are not moved to blocks that are free already.
-            if closed[row] or whole[row]:
+        free, order, longest = kinds == FREE, self._blocks.order, self._blocks.stride
+        moves = (kinds == MOVES).sum(axis=1)
+        below = np.cumsum(moves) - moves
+        # Pages are not moved to blocks that are free already. The scanner goes down.
+        rows = np.flatnonzero(~closed & ~free.all(axis=1))[::-1]
+        counts = free[rows].sum(axis=1)
+        some, none = (np.append(np.flatnonzero(which), len(rows)) for which in (counts > 0, counts == 0))
+        found, number, stride, at = [np.empty(0, np.int64)], 0, 1, 0
+        # Until there is room for all pages of lower blocks.
+        while at < len(rows) and number < below[rows[at]]:
+            if not counts[at]:
+                at, passed = int(some[np.searchsorted(some, at)]), at
+                stride = min(stride << min(at - passed, longest), longest)
                 continue
-            pages = _found(free[row], stride, _BATCH - count % _BATCH)
-            stride = 1 if len(pages) else min(2 * stride, self._blocks.stride)
-            found.append((row << order) + pages)
-            count += len(pages)
+            if stride == 1:
+                chosen = rows[at : none[np.searchsorted(none, at)]]
+                block, page = np.nonzero(free[chosen])
+                pages = (chosen[block] << order) + page
+            else:
+                chosen = rows[at : at + 1]
+                pages = (rows[at] << order) + _found(free[rows[at]], stride, _BATCH - number % _BATCH)
+                stride = 1 if len(pages) else min(2 * stride, longest)
+            found.append(pages)
+            number += len(pages)
+            at += len(chosen)
         return np.concatenate(found)
 
 
@@ -217,8 +227,8 @@ def _found(free: NDArray[np.bool_], stride: int, wanted: int) -> Frames:
         stride: pages from one that it looks at to the next.
         wanted: pages for which it looks. Having found them it stops, and later continues there page by page.
     """
-    if stride == 1 or not free[::stride].any():
-        return np.flatnonzero(free[::stride])
+    if not free[::stride].any():
+        return np.empty(0, np.int64)
     sizes = _chunks(free).tolist()
     begins, at = [np.empty(0, np.int64)], 0
     while at < len(sizes):

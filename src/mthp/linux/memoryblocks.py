@@ -22,8 +22,9 @@ from mthp.linux import abi
 from mthp.linux.framewords import BLOCK_FRAMES, FrameWords
 from mthp.linux.kpageflags import KPAGEFLAGS
 
-MOST_FRAMES = 1 << 24
-"""Frames that are read at most, 64 GiB on x86-64, which takes some 2 seconds. Of more memory a sample is read."""
+MOST_FRAMES = 1 << 22
+"""Frames that are read at most, 16 GiB on x86-64. Of more memory a sample is read. To follow compaction in them takes
+some seconds."""
 
 # Anonymous pages that wait for their place in the LRU lists are put there when compaction begins (lru_add_drain() in
 # compact_zone(), mm/compaction.c). Before Linux 6.16 only KPF_THP marks the tails of a folio of a file.
