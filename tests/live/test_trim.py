@@ -19,10 +19,12 @@ import mthp
 from memory_cgroups import memory_cgroup
 from mthp.errors import MthpError
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 from mthp.trimming import SMALLEST_LARGE, TrimBy, Trimming, in_use
+from mthp.vma import Vma
 from split_targets import Churn
 from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches, size_name
@@ -135,23 +137,22 @@ def test_a_folio_of_which_a_part_was_unmapped_is_trimmed_too(puppet: Puppet, by:
 
 
 @pytest.mark.parametrize("stage", ["mlock", "pin", "fork", "munmap"])
-def test_what_happens_after_the_look_is_shown_by_the_tables(
-    puppet: Puppet, by: TrimBy, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_happens_after_the_look_is_shown_by_the_tables(puppet: Puppet, by: TrimBy, stage: str) -> None:
     address = huge(puppet, 40)
     arguments = {"mlock": (address, PMD_SIZE, 0), "pin": (address, PAGE_SIZE), "munmap": (address, PMD_SIZE)}
-    with open_live(puppet.pid) as space:
-        zero = zeroes(space, address)
-        plain = LiveAddressSpace.vmas
 
-        def vmas(self: LiveAddressSpace) -> object:
-            found = plain(self)
+    class Meddled(LiveAddressSpace):
+        """A space whose process acts once its mappings were listed."""
+
+        def vmas(self) -> list[Vma]:
+            found = super().vmas()
             puppet.tell(stage, *arguments.get(stage, ()))
             return found
 
-        monkeypatch.setattr(LiveAddressSpace, "vmas", vmas)
+    with open_live(puppet.pid) as space:
+        zero = zeroes(space, address)
+    with Meddled(Process(puppet.pid)) as space:
         (outcome,) = space.trim_folios(whole([address]), [zero], by)
-        monkeypatch.undo()
         if stage == "munmap":
             assert not outcome.left
             return
