@@ -72,16 +72,13 @@ def refused(said: Said, code: int, *words: str) -> None:
 # Targets.
 
 
-@pytest.mark.parametrize("command", TARGETED)
-def test_an_unknown_pid(run: Run, command: str) -> None:
-    pid = unused_pid()
-    refused(run(command, pid), 4, f"no process {pid}")
-
-
-@pytest.mark.parametrize("command", TARGETED)
-@pytest.mark.parametrize("pid", ["0", "99999999", "9" * 5000])
-def test_numbers_that_are_no_pid(run: Run, command: str, pid: str) -> None:
-    refused(run(command, pid), 4, "no process")
+@pytest.mark.parametrize("command", [*TARGETED, *WRITING])
+@pytest.mark.parametrize("pid", [None, "0", "99999999", "9" * 5000], ids=["unused", "0", "too large", "long"])
+def test_no_process_of_that_number(run: Run, tmp_path: Path, command: str, pid: str | None) -> None:
+    pid = pid or str(unused_pid())
+    output = tmp_path / "out"
+    refused(run(command, pid, *(["-o", output] if command in WRITING else [])), 4, f"no process {pid[:8]}")
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("command", TARGETED)
@@ -195,9 +192,6 @@ def test_commands_that_do_not_exist_or_lack_something(run: Run, arguments: list[
     refused(run(*arguments), 2, "Usage: mthp")
 
 
-# Output files.
-
-
 # Standard output.
 
 
@@ -256,13 +250,6 @@ def test_with_json_errors_are_an_object_too(run: Run, arguments: list[str], sche
     assert word in answer["error"]["message"]
     assert answer["error"]["message"] in said.err
     assert all(line.strip() in said.err for line in answer["error"]["help"].splitlines())
-
-
-@pytest.mark.parametrize("command", [*TARGETED, *WRITING])
-def test_without_json_standard_output_stays_empty(run: Run, command: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    refused(run(command, "99999999", *(["-o", output] if command in WRITING else [])), 4)
-    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_here, mthp_json, unused_pid
+from e2e.helpers import mthp, mthp_here, mthp_json
 
 pytest.importorskip("pyarrow")
 
@@ -60,41 +60,35 @@ def test_a_recording_that_was_cut_off_says_so(recording: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "words"),
     [
-        (["compare", "self", "--policies", "nobody"], 2, "unknown policy 'nobody'"),
-        (["compare", "self", "--policies", ""], 2, "no policy was given"),
-        (["compare", "self", "--max-ptes-none", "many"], 2, "not a list of numbers"),
-        (["compare", "self", "--max-ptes-none", "512"], 2, "not within 0 to 511"),
-        (["compare", "self", "--scans", "0"], 2, "neither a number"),
-        (["compare", "self", "--covered", "3K"], 2, "not a folio size"),
-        (["compare", "self", "--processor", "z80"], 2, "unknown processor 'z80'"),
-        (["compare", "self", "--at", "1"], 2, "a process has no step"),
-        (["compare", "/nonexistent"], 2, "neither a PID"),
-        (["record", "-o", "{tmp}/r"], 2, "no target was named"),
-        (["record", "{tmp}", "-o", "{tmp}/r"], 2, "is not a process"),
-        (["record", "self", "-o", "{tmp}/r", "--every", "0s"], 2, "--every: '0s' is not above 0"),
-        (["record", "self", "-o", "{tmp}/r", "--for", "later"], 2, "--for: 'later' is not a duration"),
-        (["record", "self", "-o", "{tmp}/r", "--cpu", "200%"], 2, "is more than 100%"),
-        (["record", "self", "-o", "{tmp}/r", "--cpu", "0%"], 2, "not above 0"),
-        (["record", "self", "-o", "/nonexistent/r"], 2, "cannot be created"),
-        (["record", "self", "-o", "{tmp}/r", "--trace-format", "perf"], 2, "needs --from-trace"),
-        (["record", "self", "-o", "{tmp}/r", "--from-trace", "x"], 2, "both a target"),
-        (["record", "--from-trace", "/dev/null", "-o", "{tmp}/r"], 2, "not a regular file"),
-        (["record", "--from-trace", "{tmp}/text", "-o", "{tmp}/r"], 2, "not a trace that mthp knows"),
+        (["compare", "self", "--policies", "nobody"], "unknown policy 'nobody'"),
+        (["compare", "self", "--policies", ""], "no policy was given"),
+        (["compare", "self", "--max-ptes-none", "many"], "not a list of numbers"),
+        (["compare", "self", "--max-ptes-none", "512"], "not within 0 to 511"),
+        (["compare", "self", "--scans", "0"], "neither a number"),
+        (["compare", "self", "--covered", "3K"], "not a folio size"),
+        (["compare", "self", "--processor", "z80"], "unknown processor 'z80'"),
+        (["compare", "self", "--at", "1"], "a process has no step"),
+        (["record", "-o", "{tmp}/r"], "no target was named"),
+        (["record", "{tmp}", "-o", "{tmp}/r"], "is not a process"),
+        (["record", "self", "-o", "{tmp}/r", "--every", "0s"], "--every: '0s' is not above 0"),
+        (["record", "self", "-o", "{tmp}/r", "--for", "later"], "--for: 'later' is not a duration"),
+        (["record", "self", "-o", "{tmp}/r", "--cpu", "200%"], "is more than 100%"),
+        (["record", "self", "-o", "{tmp}/r", "--cpu", "0%"], "not above 0"),
+        (["record", "self", "-o", "/nonexistent/r"], "cannot be created"),
+        (["record", "self", "-o", "{tmp}/r", "--trace-format", "perf"], "needs --from-trace"),
+        (["record", "self", "-o", "{tmp}/r", "--from-trace", "x"], "both a target"),
+        (["record", "--from-trace", "/dev/null", "-o", "{tmp}/r"], "not a regular file"),
+        (["record", "--from-trace", "{tmp}/text", "-o", "{tmp}/r"], "not a trace that mthp knows"),
     ],
 )
-def test_bad_input_has_clear_words(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+def test_bad_input_has_clear_words(tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "text").write_text("nothing of that kind\n")
     done = mthp_here(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert not (tmp_path / "r").exists()
-
-
-def test_a_process_that_is_not_there(tmp_path: Path) -> None:
-    assert mthp_here("record", unused_pid(), "-o", tmp_path / "r").returncode == 4
-    assert mthp_here("compare", unused_pid()).returncode == 4
 
 
 NAMED = r"""
