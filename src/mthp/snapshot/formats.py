@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from typing import BinaryIO
 
-from mthp.files import begins
+from mthp.files import begins, check_output
 from mthp.snapshot.description import Description
 from mthp.snapshot.plain import PlainRunReader, PlainRunWriter, PlainStreamReader, PlainStreamWriter, is_plain
 from mthp.snapshot.stream import PLAIN_STEPS, StreamReader, StreamWriter
 from mthp.snapshot.table import PLAIN_RUNS, RunReader, RunWriter, pyarrow
 
 
-def check_format(path: str | os.PathLike[str]) -> None:
+def check_new(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Check, before long work, that a file of this name can be written.
 
     Raises:
         UnsupportedError: it needs pyarrow, which is not installed.
+        UsageError: as :func:`mthp.files.check_output`.
     """
     if not is_plain(path):
         pyarrow()
+    check_output(path, overwrite=overwrite)
 
 
 def run_writer(file: BinaryIO, path: str | os.PathLike[str], page_size: int) -> RunWriter:

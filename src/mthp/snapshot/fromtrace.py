@@ -14,13 +14,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.files import check_output
 from mthp.geometry import X86_64, Geometry
 from mthp.progress import Progress
 from mthp.ptes import ORDER_NONE, Pte, PteColumns
 from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
-from mthp.snapshot.formats import check_format, stream_writer
+from mthp.snapshot.formats import check_new, stream_writer
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import RecordingSpace, RecordingStep, packed_pages
 from mthp.snapshot.runs import RunTable, encode
@@ -76,8 +75,7 @@ def record_trace(
         UsageError: `trace` is not a trace, or not of that kind; or `path` exists.
         MthpError: the recording cannot be written.
     """
-    check_format(path)
-    check_output(path, overwrite=overwrite)
+    check_new(path, overwrite=overwrite)
     opened = Trace(trace, kind, geometry.page_size)
     steps = opened.steps(progress)
     # The first step shows that the trace is not empty, before a file is created.

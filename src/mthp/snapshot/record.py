@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from mthp.abilities import service, with_nodes
 from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
-from mthp.files import check_output, creating
+from mthp.files import creating
 from mthp.heat import Heat
 from mthp.progress import Progress
 from mthp.ptes import Segment, at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
-from mthp.snapshot.formats import check_format, run_writer
+from mthp.snapshot.formats import check_new, run_writer
 from mthp.snapshot.runs import RunTable, encode, page_numbers
 from mthp.vma import Vma, VmaKind
 
@@ -51,8 +51,7 @@ def record(
     """
     if block_size < 1:
         raise UsageError(f"block size {block_size} is not positive")
-    check_format(path)
-    check_output(path, overwrite=overwrite)
+    check_new(path, overwrite=overwrite)
     description = describe(space, with_nodes(space, space.vmas()), heat)
     with creating(path, overwrite=overwrite) as file:
         with run_writer(file, path, space.geometry.page_size) as writer:

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
-from mthp.files import check_output
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.ptes import ORDER_NONE, PteColumns, Segment
 from mthp.snapshot.description import Description, vma_to_json
-from mthp.snapshot.formats import check_format, stream_writer
+from mthp.snapshot.formats import check_new, stream_writer
 from mthp.snapshot.record import describe
 from mthp.snapshot.recording import CHANGING
 from mthp.snapshot.runs import RunTable, encode, page_numbers
@@ -81,7 +80,6 @@ class Recorded:
         bytes: size of the file.
         cpu_seconds: processor time of this process.
         end: why it ended.
-        interval: mean seconds from one step to the next; 0.0 for a single step.
         every: requested seconds from one step to the next.
         missing: data that could not be read, and how to make it readable.
     """
@@ -95,9 +93,13 @@ class Recorded:
     bytes: int
     cpu_seconds: float
     end: str
-    interval: float
     every: float
     missing: tuple[str, ...]
+
+    @property
+    def interval(self) -> float:
+        """Mean seconds from one step to the next; 0.0 for a single step."""
+        return self.seconds / max(1, self.steps - 1)
 
 
 def record_series(
@@ -108,14 +110,12 @@ def record_series(
     stop: Callable[[], bool] = lambda: False,
     overwrite: bool = False,
     heat: Heat | None = None,
-    progress: Callable[[int, float, int], None] | None = None,
+    progress: Callable[[int, float, int], None] = lambda steps, seconds, size: None,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     cpu_clock: Clock = time.process_time,
 ) -> Recorded:
-    """Record `space` over time into a new file at `path`.
-
-    Ends when `stop` returns True, the duration is over, or the target exits.
+    """Record `space` into a new file at `path`, until `stop` returns True, the duration is over, or the target exits.
 
     Args:
         overwrite: replace a regular file or a symbolic link of that name.
@@ -127,30 +127,20 @@ def record_series(
         MthpError: it cannot be written any more. The steps written before are kept; without any, no file is left.
         TargetVanishedError: the target exited before the first step. No file is left.
     """
-    pace = pace or Pace()
-    check_format(path)
-    check_output(path, overwrite=overwrite)
-    begin, cpu_begin = clock(), cpu_clock()
+    timer = _Timer(pace or Pace(), stop, clock, sleep)
+    check_new(path, overwrite=overwrite)
+    cpu_begin = cpu_clock()
     taker = StepTaker(space, heat)
     meta, runs = taker.take()
-    last, steps = 0.0, 0
+    last, steps, spent = 0.0, 0, cpu_clock() - cpu_begin
     with stream_writer(path, taker.description, overwrite=overwrite) as writer:
-        end, spent = "stopped", cpu_clock() - cpu_begin
         while True:
             writer.add(runs, meta | {"seconds": round(last, 6), "cpu_seconds": round(spent, 6)})
             steps += 1
-            if progress is not None:
-                progress(steps, last, writer.bytes)
-            # From the beginning of this step, so that its own time is a part of the interval.
-            due = begin + last + max(pace.every, spent / pace.cpu if pace.cpu else 0.0)
-            over = None if pace.duration is None else begin + pace.duration
-            if not _wait(due if over is None else min(due, over), stop, clock, sleep):
+            progress(steps, last, writer.bytes)
+            if end := timer.wait(last, spent):
                 break
-            # No step would be due before the end.
-            if over is not None and due > over:
-                end = OVER
-                break
-            before, last = cpu_clock(), clock() - begin
+            before, last = cpu_clock(), timer.now()
             try:
                 meta, runs = taker.take()
             except TargetVanishedError:
@@ -158,31 +148,41 @@ def record_series(
                 break
             spent = cpu_clock() - before
         # Without this a reader takes the file for one that was cut off.
-        writer.add(RunTable.joined([]), {"end": end, "seconds": round(clock() - begin, 6)})
+        writer.add(RunTable.joined([]), {"end": end, "seconds": round(timer.now(), 6)})
         size = writer.bytes
-    seconds = last
-    interval = seconds / (steps - 1) if steps > 1 else 0.0
-    return Recorded(
-        os.fspath(path),
-        taker.description.label,
-        steps,
-        seconds,
-        size,
-        cpu_clock() - cpu_begin,
-        end,
-        interval,
-        pace.every,
-        space.missing,
-    )
+    label, spent, every = taker.description.label, cpu_clock() - cpu_begin, timer.pace.every
+    return Recorded(os.fspath(path), label, steps, last, size, spent, end, every, space.missing)
 
 
-def _wait(until: float, stop: Callable[[], bool], clock: Clock, sleep: Callable[[float], None]) -> bool:
-    """Wait until a time; return False if `stop` ended the wait."""
-    while (rest := until - clock()) > 0:
-        if stop():
-            return False
-        sleep(min(rest, PATIENCE))
-    return not stop()
+class _Timer:
+    """The times of a recording, in seconds since it began."""
+
+    def __init__(self, pace: Pace, stop: Callable[[], bool], clock: Clock, sleep: Callable[[float], None]) -> None:
+        self.pace = pace
+        self._stop, self._clock, self._sleep = stop, clock, sleep
+        self._begin = clock()
+
+    def now(self) -> float:
+        return self._clock() - self._begin
+
+    def wait(self, last: float, spent: float) -> str:
+        """Wait until the step after that at `last` is due; return why there is none, or ``""``.
+
+        Args:
+            spent: processor seconds of the last step.
+        """
+        pace = self.pace
+        # From the beginning of the last step, so that its own time is a part of the interval.
+        due = last + max(pace.every, spent / pace.cpu if pace.cpu else 0.0)
+        over = due if pace.duration is None else pace.duration
+        until = self._begin + min(due, over)
+        # By the clock itself: a rest that is only an error of rounding would not move the clock of a simulation.
+        while (rest := until - self._clock()) > 0 and not self._stop():
+            self._sleep(min(rest, PATIENCE))
+        if self._stop():
+            return "stopped"
+        # No step would be due before the end.
+        return OVER if due > over else ""
 
 
 class StepTaker:

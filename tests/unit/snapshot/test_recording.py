@@ -268,7 +268,7 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(r: Path) -> None
 
 
 def test_not_even_the_last_byte_of_a_step_may_be_missing(r: Path) -> None:
-    def record(progress: Callable[[int, float, int], None] | None = None) -> None:
+    def record(progress: Callable[[int, float, int], None] = lambda steps, at, size: None) -> None:
         clock = Clock()
         pace = Pace(duration=1.5)
         record_series(
