@@ -153,11 +153,7 @@ def _look(
     columns: tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]],
     rows: slice,
 ) -> _Idle:
-    """Scan ranges that may have page tables.
-
-    Args:
-        columns: PMD entries, and bits and values of the PTEs, of a table.
-    """
+    """Scan ranges that may have page tables; `columns` are the PMD entries, and bits and values of PTEs, of a table."""
     pmds = columns[0][rows]
     seen = _without_tables(pmds)
     tables = np.flatnonzero(pmds == Pmd.TABLE)
@@ -171,19 +167,12 @@ def _look(
     everywhere = len(tables) == len(pmds)
     bits = columns[1][rows] if everywhere else columns[1][rows][tables]
     values = columns[2][rows] if everywhere else columns[2][rows][tables]
-    n = bits.shape[1]
-    # All bits of a range at once: most ranges have none that needs a closer look.
-    known = np.bitwise_or.reduce(bits, axis=1)
-    none, young = bits == 0, (known & P.YOUNG) != 0
-    if np.bitwise_or.reduce(known) & P.ZERO:
-        none |= (bits & P.ZERO) != 0
-        young = ((bits & P.YOUNG) != 0) & ~none
-        young = young.any(axis=1)
+    none, young, plain = _kinds(bits)
     packed = np.packbits(none, axis=1, bitorder="little")
     counts = set_bits(packed)
     total = counts.sum(axis=1, dtype=np.int64)
     # Only none entries and zero pages count against a limit, so the scan ends at the one that exceeds it, or passes.
-    ordinary = ((known & ~_ORDINARY) == 0) & _all_ordinary(parts.memory, values, none)
+    ordinary = plain & _all_ordinary(parts.memory, values, none)
     exceeded = total > limit
     # Without a young entry the scan of khugepaged ends with LACK_REFERENCED_PAGE; such a range is scanned on its own.
     passed = ordinary & ~exceeded & young
@@ -196,13 +185,28 @@ def _look(
             seen.tried[order][tables[rows_passed]] = runs
     seen.idle[tables] = ordinary & exceeded | passed
     seen.results[tables] = np.where(exceeded, np.int8(ScanResult.EXCEED_NONE_PTE), np.int8(ScanResult.FAIL))
-    entries: NDArray[np.int64] = np.full(len(tables), n, np.int64)
+    entries: NDArray[np.int64] = np.full(len(tables), bits.shape[1], np.int64)
     # The scan reads the entry that exceeds the limit, and no further.
     entries[exceeded] = _nth_set(packed[exceeded], counts[exceeded], limit) + 1
     seen.entries[tables] = entries
     seen.passed[tables] = passed
     seen.scanned[tables] = True
     return seen
+
+
+def _kinds(bits: NDArray[np.uint16]) -> tuple[Bits, Bits, Bits]:
+    """Return the none entries and zero pages, the ranges with a young page, and those with ordinary entries only.
+
+    Returns:
+        bool, shape of `bits`; and twice bool, shape (ranges,).
+    """
+    # All bits of a range at once: most ranges have none that needs a closer look.
+    known = np.bitwise_or.reduce(bits, axis=1)
+    none, young = bits == 0, (known & P.YOUNG) != 0
+    if np.bitwise_or.reduce(known) & P.ZERO:
+        none |= (bits & P.ZERO) != 0
+        young = (((bits & P.YOUNG) != 0) & ~none).any(axis=1)
+    return none, young, (known & ~_ORDINARY) == 0
 
 
 def _none_limit(vma: SimVma, control: CollapseControl) -> int | None:

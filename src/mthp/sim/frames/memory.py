@@ -60,6 +60,32 @@ class Fl:
     """Held with one reference by a driver, by the kernel itself or by the page cache."""
 
 
+def _distances(nodes: int, given: Sequence[Sequence[int]] | None) -> NDArray[np.int64]:
+    """Return the checked distances of nodes: int64, shape (nodes, nodes)."""
+    # LOCAL_DISTANCE and REMOTE_DISTANCE (include/linux/topology.h).
+    near = np.where(np.eye(nodes, dtype=np.bool_), 10, 20) if given is None else np.array(given)
+    if near.shape != (nodes, nodes) or (near.diagonal() != 10).any() or (near < 10).any():
+        raise UsageError(f"node distances {near.tolist()} are not a square of {nodes} with 10 on its diagonal")
+    return near.astype(np.int64)
+
+
+def _zones(node_frames: Sequence[int], low_frames: int, max_order: int) -> list[Zone]:
+    """Return the zones of all nodes, in order of address."""
+    if not 0 <= low_frames <= node_frames[0]:
+        raise UsageError(f"{low_frames} low frames are not a part of the {node_frames[0]} of the first node")
+    zones: list[Zone] = []
+    block = start = 1 << max_order  # Frame 0 is not used, so that pfn 0 can stand for "no page".
+    for node, frames in enumerate(node_frames):
+        low = low_frames if node == 0 else 0
+        for name, count in (("DMA32", low), ("Normal", frames - low)):
+            if count:
+                zones.append(Zone(start, -(-count // block) * block, max_order, node, name))
+                start = zones[-1].end
+    if low_frames and zones[1:] and zones[1].node == 0:
+        zones[0].reserve = zones[1].frames // LOWMEM_RESERVE_RATIO
+    return zones
+
+
 class Memory:
     """The frames of all nodes.
 
@@ -87,29 +113,13 @@ class Memory:
     ) -> None:
         if not node_frames or min(node_frames) < 1:
             raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
-        number = len(node_frames)
-        # LOCAL_DISTANCE and REMOTE_DISTANCE (include/linux/topology.h).
-        near = np.where(np.eye(number, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
-        if near.shape != (number, number) or (near.diagonal() != 10).any() or (near < 10).any():
-            raise UsageError(f"node distances {near.tolist()} are not a square of {number} with 10 on its diagonal")
-        self.distances: NDArray[np.int64] = near.astype(np.int64)
+        self.distances = _distances(len(node_frames), distances)
         self.geometry = geometry
         # Some machines have a PMD order above the usual largest block, such as arm64 with 64 KiB pages: 13.
         self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
-        block = 1 << self.max_order
-        if not 0 <= low_frames <= node_frames[0]:
-            raise UsageError(f"{low_frames} low frames are not a part of the {node_frames[0]} of the first node")
-        self.zones: list[Zone] = []
-        start = block  # Frame 0 is not used, so that pfn 0 can stand for "no page".
-        for node, frames in enumerate(node_frames):
-            low = low_frames if node == 0 else 0
-            for name, count in (("DMA32", low), ("Normal", frames - low)):
-                if count:
-                    self.zones.append(Zone(start, -(-count // block) * block, self.max_order, node, name))
-                    start = self.zones[-1].end
+        self.zones = _zones(node_frames, low_frames, self.max_order)
+        start = self.zones[-1].end
         self.nodes = len(node_frames)
-        if low_frames and self.zones[1:] and self.zones[1].node == 0:
-            self.zones[0].reserve = self.zones[1].frames // LOWMEM_RESERVE_RATIO
         self._counters = counters
         self._ends: Frames = np.array([zone.end for zone in self.zones], np.int64)
         self._zonelist = self.zonelist(range(self.nodes))
