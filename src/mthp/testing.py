@@ -26,7 +26,7 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.metrics import MAX_FOLIO_ORDER
-from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks, without
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
@@ -270,7 +270,7 @@ class _Check:
 
     def _nothing_left_out(self, segments: list[Segment], granule: int) -> bool:
         found = self.space.populated(segments, granule)
-        left = [part for segment in segments for part in _without(segment, found)]
+        left = without(segments, found)
         return not any(self.space.read(block).state.any() for block in in_blocks(left, 1 << 26))
 
     # Collapsing.
@@ -381,16 +381,3 @@ class _Check:
 
 def _same(one: PteColumns, other: PteColumns) -> bool:
     return np.array_equal(one.state, other.state) and np.array_equal(one.folio_order, other.folio_order)
-
-
-def _without(segment: Segment, found: Sequence[Segment]) -> Iterator[Segment]:
-    """Yield the parts of `segment` outside of `found`, which ascends."""
-    at, end = segment
-    for low, high in found:
-        if high <= at or low >= end:
-            continue
-        if low > at:
-            yield at, low
-        at = max(at, high)
-    if at < end:
-        yield at, end

@@ -5,7 +5,6 @@ A refused split also returns success, so the outcome of a folio is read from its
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from collections.abc import Callable, Sequence
 
@@ -72,19 +71,12 @@ def trim_each(
             error, elapsed = trim_one(folios[index], before.first_pfn(index), wanted[index])
             tried[index] = error, tried[index][1] + elapsed
         after = _Tables(space, folios)
-    outcomes = []
-    for index, block in enumerate(folios):
-        outcome = TrimOutcome(*block, *refused.get(index, (ScanResult.SUCCEED, "")), left=after.left(index))
-        if index in tried:
-            error, elapsed = tried[index]
-            outcome = dataclasses.replace(
-                _end(outcome, error, is_split=after.is_split(index)),
-                given_back=before.resident(index) - after.resident(index),
-                elapsed_ns=elapsed,
-                errno=error,
-            )
-        outcomes.append(outcome)
-    return outcomes
+    return [
+        _outcome(block, index, before, after, tried[index])
+        if index in tried
+        else TrimOutcome(*block, *refused[index], left=after.left(index))
+        for index, block in enumerate(folios)
+    ]
 
 
 class _Tables:
@@ -170,13 +162,16 @@ def _refusal(tables: _Tables, index: int, vma: Vma | None, zero: NDArray[np.bool
     return None if zero.any() else (ScanResult.FAIL, NO_ZEROES)
 
 
-def _end(outcome: TrimOutcome, error: int, *, is_split: bool) -> TrimOutcome:
-    """Return the outcome that the calls and the page tables show."""
-    if is_split:
-        return outcome
-    if error == errno.EINVAL:
+def _outcome(block: Block, index: int, before: _Tables, after: _Tables, tried: tuple[int, int]) -> TrimOutcome:
+    """Return the outcome of a folio that its call (errno, duration in nanoseconds) and the page tables show."""
+    error, elapsed = tried
+    result, reason = ScanResult.PAGE_COUNT, UNSPLIT
+    if after.is_split(index):
+        result, reason = ScanResult.SUCCEED, ""
+    elif error == errno.EINVAL:
         # can_madv_lru_vma() (mm/madvise.c) refused: the mapping was locked since, or is another one.
-        return dataclasses.replace(outcome, result=ScanResult.VMA_CHECK, reason=LOCKED)
-    if error == errno.ENOMEM:
-        return dataclasses.replace(outcome, result=ScanResult.VMA_NULL)
-    return dataclasses.replace(outcome, result=ScanResult.PAGE_COUNT, reason=UNSPLIT)
+        result, reason = ScanResult.VMA_CHECK, LOCKED
+    elif error == errno.ENOMEM:
+        result, reason = ScanResult.VMA_NULL, ""
+    back = before.resident(index) - after.resident(index)
+    return TrimOutcome(*block, result, reason, back, after.left(index), elapsed_ns=elapsed, errno=error)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +22,10 @@ from mthp.engine.admission import Admit, Candidate, collapse_batch
 from mthp.engine.bits import Bits
 from mthp.engine.checks import PolicyChecks
 from mthp.engine.filled import FilledPages
+from mthp.engine.listing import Area, Listing, list_areas
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
-from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes
+from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, read_planes
 from mthp.engine.visited import NextRanges, Passage, RestClock, WallClock, folio_pages
 from mthp.engine.walk import Walk
 from mthp.errors import UsageError
@@ -46,29 +46,6 @@ _LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanRe
 Choose = Callable[[AddressSpace, NDArray[np.uint64]], Bits]
 """Takes the addresses of some PMD ranges (uint64, shape (ranges,)), and returns which of them to read: bool, same
 shape. The others are skipped, and count as one entry each."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Area:
-    """Whole PMD ranges of one mapping that may be collapsed, and may have contents."""
-
-    start: int
-    end: int
-    job: Job
-    passed: int
-    """Mappings and empty stretches between the previous area and this one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """The mappings at one moment."""
-
-    at: float
-    thp_disabled: bool
-    areas: list[_Area]
-    passed_behind: int
-    refused: dict[tuple[VmaKind, str], tuple[int, int]]
-    has_room: bool
 
 
 class Visit:
@@ -114,7 +91,7 @@ class Visit:
         self.policy: Policy = policy_named(self.choice.policy)
         self.filled = FilledPages(space.geometry)
         self._clock = clock or WallClock()
-        self._listed: _Listing | None = None
+        self._listed: Listing | None = None
         self._served = False
         self._ahead = 0
         base_rules(space, self.choice)
@@ -158,40 +135,12 @@ class Visit:
 
     # The mappings.
 
-    def _listing(self) -> _Listing:
+    def _listing(self) -> Listing:
         now = self._clock.now()
         if self._listed is None or not 0 <= now - self._listed.at <= FRESH:
-            self._listed = self._list(now)
+            self._listed = list_areas(self.space, self.choice, self.policy, now)
             self._served = False
         return self._listed
-
-    def _list(self, now: float) -> _Listing:
-        space, geometry = self.space, self.geometry
-        thp_disabled, vmas = space.thp_disabled, space.vmas()
-        jobs, left_alone = jobs_of(space, self.choice, base_rules(space, self.choice), vmas)
-        refused: dict[tuple[VmaKind, str], tuple[int, int]] = {}
-        for vma, reason in left_alone:
-            mappings, size = refused.get((vma.kind, reason), (0, 0))
-            refused[vma.kind, reason] = mappings + 1, size + vma.size
-        members = [
-            (int(listed), segment, job)
-            for job in jobs
-            if self.policy.orders_walked(job.rules)
-            for listed, segment in zip(job.listed, job.segments, strict=True)
-        ]
-        areas: list[_Area] = []
-        # Mappings listed, and stretches skipped, up to the last area.
-        passed = behind = 0
-        for listed, (first, last), job in sorted(members, key=lambda member: member[0]):
-            passed += listed - behind
-            behind, at = listed + 1, first
-            for start, end in space.populated([(first, last)], geometry.pmd_size):
-                passed += start > at
-                areas.append(_Area(start, end, job, passed))
-                passed, at = 0, end
-            passed += at < last
-        has_room = any(vma.kind is VmaKind.ANON and vma.size >= geometry.pmd_size for vma in vmas)
-        return _Listing(now, thp_disabled, areas, passed + len(vmas) - behind, refused, has_room)
 
     def find(self, address: int) -> NextRanges:
         if address == 0 and self._served:
@@ -204,7 +153,7 @@ class Visit:
         area = listing.areas[at]
         return NextRanges(area.passed if address <= area.start else 0, (max(address, area.start), area.end))
 
-    def _area(self, address: int) -> _Area | None:
+    def _area(self, address: int) -> Area | None:
         areas = self._listing().areas
         at = bisect_right(areas, address, key=lambda area: area.end)
         return areas[at] if at < len(areas) and areas[at].start <= address else None

@@ -15,7 +15,7 @@ One policy walks no tree: it scans each run separately (:meth:`Walk._walk_runs`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from mthp.engine.attempts import Attempts
 from mthp.engine.bits import PART_ORDER, Bits, repeated
-from mthp.engine.checks import Checks, PolicyChecks, scan_results
+from mthp.engine.checks import PolicyChecks, scan_results
+from mthp.engine.countchecks import stopped_by_counts
 from mthp.engine.occupancy import Occupancy, Runs
 from mthp.engine.pageorders import States, look_up_orders, states_of, write_orders
 from mthp.engine.planes import Planes
@@ -117,7 +118,7 @@ class Walk:
         passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
         if self.planes.pmd_mapped is not None:
             passed &= ~self.planes.pmd_mapped
-        stopped = None if self.checks.scan is None else self._stopped_by_counts(whole, self.checks.scan)
+        stopped = None if self.checks.scan is None else stopped_by_counts(whole, self.checks.scan)
         return passed if stopped is None else passed & ~stopped[:, 0]
 
     def scanned(self) -> NDArray[np.int8]:
@@ -238,7 +239,7 @@ class Walk:
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
         """Return the runs that cannot be collapsed, and attempted ones skipped for a large folio; None if none."""
         checks = self.checks.attempt(runs.order)
-        other = self._stopped_by_counts(runs, checks)
+        other = stopped_by_counts(runs, checks)
         largest = runs.largest_folio
         if largest is None or checks.large is None:
             return other, None
@@ -253,44 +254,6 @@ class Walk:
             results = scan_results(self.planes, runs.order, rows, indices << runs.order, checks)
             skipped[rows, indices] = results == ScanResult.PTE_MAPPED_HUGEPAGE
         return hindered, skipped
-
-    def _stopped_by_counts(self, runs: Runs, checks: Checks) -> Bits | None:
-        """Return which runs fail a check other than that for a large folio; None if no run can."""
-        stopped: Bits | None = None
-        for bits in self._stops(runs, checks):
-            stopped = bits if stopped is None else stopped | bits
-        return stopped
-
-    def _stops(self, runs: Runs, checks: Checks) -> Iterator[Bits]:
-        """Yield the runs that fail each check other than that for a large folio."""
-        given, count = self.occupancy.given, self.occupancy.count
-        # A limit that is at least the size of the run cannot be exceeded, so nothing is counted for it.
-        if checks.limits.none < runs.size:
-            contents = runs.occupied + runs.swap if "swap" in given else runs.occupied
-            yield contents < runs.size - checks.limits.none
-        armed = self.planes.uffd_armed if "uffd_armed" in given and checks.zero_none_if_armed else None
-        # A filled PTE would never fault, so the process that handles the faults would miss it (userfaultfd_armed(),
-        # used in mm/khugepaged.c).
-        if armed is not None:
-            yield armed[:, None] & (runs.none_or_zero > 0)
-        if "swap" in given and checks.limits.swap < runs.size:
-            yield runs.swap > checks.limits.swap
-        if "shared" in given and checks.limits.shared < runs.size:
-            yield runs.shared > checks.limits.shared
-        if checks.guard and "guard" in given:
-            yield count("guard", runs.order) > 0
-        if checks.uffd and "uffd" in given:
-            yield count("uffd", runs.order) > 0
-        if checks.lazyfree and "lazyfree" in given:
-            yield count("lazyfree", runs.order) > 0
-        if checks.page:
-            yield (runs.occupied + runs.swap == 0) if "swap" in given else (runs.occupied == 0)
-        if checks.references:
-            # A run with a limit on holes has a page, which is referenced unless a plane says otherwise.
-            if checks.limits.none >= runs.size - 1 or "unreferenced" in given or "swap" in given:
-                yield runs.referenced == 0
-            if "swap" in given and checks.references > 1:
-                yield (runs.swap > 0) & (runs.referenced < checks.references)
 
     # The results of the walk, computed at first use.
 
