@@ -15,7 +15,7 @@ from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import geometry_for_ptes
 from mthp.lab.makers import Maker
-from mthp.lab.scans import carried_out, counted, history
+from mthp.lab.scans import RangeState, carried_out, counted, history
 from mthp.tunables import Tunables
 from strategies import SMALL_SIZES, Problem, examples, problems
 
@@ -43,7 +43,7 @@ def posed(problem: Problem) -> tuple[Planes, Rules]:
 @settings(max_examples=examples(50))
 def test_no_scan_after_the_first_fills_anything(problem: Problem) -> None:
     planes, rules = posed(problem)
-    scans = history(planes, counted(planes, rules.geometry), Maker.named("no-creep"), rules, 8)
+    scans = history(RangeState(planes), Maker.named("no-creep"), rules, 8)
     assert {scan.filled for scan in scans[1:]} == {scans[1].filled}
 
 
@@ -64,7 +64,7 @@ def test_every_folio_holds_more_of_the_programs_own_than_its_limit_leaves(proble
 def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, problem: Problem) -> None:
     planes, rules = posed(problem)
     plan = plan_planes(planes, policy_named(policy), rules)
-    after, now = carried_out(planes, plan.made, plan.geometry)
+    after = carried_out(planes, plan.made, plan.geometry)
     resident = after.occupied
     assert np.array_equal(np.where(resident, plan.orders, -1) >= 0, resident)
     made = plan.made != 0
@@ -73,7 +73,7 @@ def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, p
     assert resident[made].all()
     assert after.filled is not None
     assert int(np.count_nonzero(after.filled)) == int(plan.filled.sum())
-    assert int(now.by_order.sum()) == int(np.count_nonzero(resident))
+    assert int(counted(after, plan.geometry).by_order.sum()) == int(np.count_nonzero(resident))
     outside = ~made
     assert np.array_equal(after.present[outside], planes.present[outside])
 
@@ -84,7 +84,7 @@ def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, p
 def test_memory_only_grows_by_what_is_filled(policy: str, problem: Problem) -> None:
     planes, rules = posed(problem)
     before = counted(planes, rules.geometry)
-    scans = history(planes, before, Maker.named(policy), rules, 8)
+    scans = history(RangeState(planes), Maker.named(policy), rules, 8)
     swapped = 0 if planes.swap is None else int(np.count_nonzero(planes.swap))
     for last, scan in itertools.pairwise(scans):
         assert scan.filled >= last.filled

@@ -30,7 +30,7 @@ OBJECTS = {
     ],
     "compare": [["mthp.lab.compare:Comparison"]],
     "sweep": [["mthp.lab.sweep:SweepReport"]],
-    "simulate": [["mthp.lab.simulation:Simulation"]],
+    "simulate": [["mthp.lab.simulated:Simulation"]],
     "report": [["mthp.cli.report_command:Written"]],
     "conformance": [["mthp.sim.golden.conformance:ReplayTotals"]],
     "demo": [["mthp.demo.story:Story"]],

@@ -14,7 +14,7 @@ from mthp.cli.options import json_option
 from mthp.cli.render.forecast import Forecast
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.signals import exit_code, stopping_on_signals
+from mthp.cli.signals import Wish, exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.files import check_output
 from mthp.text import numbered
@@ -22,7 +22,7 @@ from mthp.units import format_size, percent
 
 if TYPE_CHECKING:
     from mthp.lab.scenariotables import Scenario
-    from mthp.lab.simulation import Outcome
+    from mthp.lab.simulated import Outcome
 
 WANTED = 0.5
 """The coverage until which the time is printed."""
@@ -57,7 +57,6 @@ def command(
     """
     from mthp.lab import simulated
     from mthp.lab.scenario import example, load_scenario
-    from mthp.lab.simulation import Simulation, simulate
 
     if print_scenario:
         click.echo(example(), nl=False)
@@ -70,32 +69,41 @@ def command(
         check_output(output, overwrite=force)
     loaded = load_scenario(scenario)
     names = [loaded.settings.policy] if policies is None else _names(policies)
-    outcomes = []
-    forecast = Forecast("the simulation", "Ctrl-C ends it and keeps the rows so far")
-    with stopping_on_signals() as stop, progress_bar("simulating", hidden=as_json) as progress:
-        for number, name in enumerate(names):
-
-            def shown(done: float, total: float, before: int = number) -> None:
-                # The default binds the number of this run.
-                forecast(before * total + done, total * len(names))
-                # The bar takes whole numbers.
-                progress(int(1000 * (before * total + done)), int(1000 * total * len(names)))
-
-            outcomes.append(simulate(loaded, policy=name, seed=seed, progress=shown, stop=stop))
-            if outcomes[-1].interrupted:
-                break
+    with stopping_on_signals() as stop:
+        outcomes = _run(loaded, names, seed, stop, hidden=as_json)
     run_seed = loaded.settings.seed if seed is None else seed
     if output is not None:
         simulated.write(output, outcomes, simulated.about(loaded, run_seed, names, __version__), overwrite=force)
     interrupted = outcomes[-1].interrupted
     if as_json:
-        print_json("simulate", Simulation(loaded, run_seed, names, outcomes))
+        print_json("simulate", simulated.Simulation(loaded, run_seed, names, outcomes))
     else:
         _print(loaded, outcomes)
         if output is not None:
             console().print()
             say(console(), f"{output}: see it with: mthp report {output} -o simulation.html")
     return exit_code(stop.number) if interrupted else 0
+
+
+def _run(scenario: Scenario, names: list[str], seed: int | None, stop: Wish, *, hidden: bool) -> list[Outcome]:
+    """Return the outcome under each policy; of an interrupted run, and of those before it."""
+    from mthp.lab.simulation import simulate
+
+    outcomes: list[Outcome] = []
+    forecast = Forecast("the simulation", "Ctrl-C ends it and keeps the rows so far")
+    with progress_bar("simulating", hidden=hidden) as progress:
+
+        def shown(done: float, total: float) -> None:
+            done, total = len(outcomes) * total + done, total * len(names)
+            forecast(done, total)
+            # The bar takes whole numbers.
+            progress(int(1000 * done), int(1000 * total))
+
+        for name in names:
+            outcomes.append(simulate(scenario, policy=name, seed=seed, progress=shown, stop=stop))
+            if outcomes[-1].interrupted:
+                break
+    return outcomes
 
 
 def _names(text: str) -> list[str]:

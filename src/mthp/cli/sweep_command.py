@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from mthp.cli.options import json_option
 from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
+
+if TYPE_CHECKING:
+    from mthp.lab.sweep import SweepReport
 
 SHOWN_FAILURES = 20
 
@@ -68,8 +73,12 @@ def command(
     code = exit_code(stop.number) if report.interrupted else 1 if report.failed else 0
     if as_json:
         print_json("sweep", report)
-        return code
-    out = console()
+    else:
+        _print(console(), report)
+    return code
+
+
+def _print(out: Console, report: SweepReport) -> None:
     if report.interrupted:
         say(
             out,
@@ -85,4 +94,3 @@ def command(
     if report.failed:
         shown = [[name, reason] for name, reason in list(report.failed.items())[:SHOWN_FAILURES]]
         out.print(Table(f"Not done: {len(report.failed)}", ["input", "reason"], shown, names={0}))
-    return code

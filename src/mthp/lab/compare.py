@@ -20,7 +20,17 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.lab.evaluate import Evaluation, evaluate
-from mthp.lab.figures import METRICS, Metric, Row, coverage_from, frontier, metric_of, order_column, share
+from mthp.lab.figures import (
+    METRICS,
+    Metric,
+    Row,
+    coverage_from,
+    frontier,
+    metric_of,
+    order_column,
+    setting_names,
+    share,
+)
 from mthp.lab.heated import accesses_to_count
 from mthp.lab.replay import misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
@@ -98,12 +108,8 @@ class Comparison(Tabular):
 
     @property
     def names(self) -> list[str]:
-        """The name of each setting: the policy, and the other values in which the settings differ."""
-        rows = [outcome.rows()[0] for outcome in self.outcomes]
-        # A value that all settings share would only make the names longer.
-        keys = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
-        differing = [key for key in keys if len({row[key] for row in rows}) > 1]
-        return [" ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows]
+        """The name of each setting (:func:`mthp.lab.figures.setting_names`)."""
+        return setting_names([outcome.setting for outcome in self.outcomes])
 
     def coverage(self, outcome: Evaluation, scan: int = -1) -> float:
         """Return the share of the resident memory that is covered after a scan, by default the last."""
@@ -251,8 +257,6 @@ def compare(
 
     Args:
         covered: the smallest order that counts as covered; by default the PMD order.
-        processor: the processor of the modelled TLB.
-        contents: also read the contents, as for :func:`mthp.lab.evaluate.evaluate`.
         heat: which memory is used; by default what was recorded with it.
         walks: count page walks of the trace that the memory was recorded from, without one of accesses drawn by heat,
             which takes a second for each setting.

@@ -22,14 +22,12 @@ from mthp.engine.planes import Planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
-from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
-from mthp.lab.scans import MAX_SCANS, Counts, counted, history, hot_share, scan_at
-from mthp.lab.splitting import trimmed
+from mthp.lab.scans import MAX_SCANS, Counts, RangeState, history, scan_at
 from mthp.progress import Progress, Reading
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
@@ -81,7 +79,7 @@ class Evaluation:
             resident = int(now.by_order.sum())
             entries = figures.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
             folios = int(now.folios.sum())
-            row: Row = self._settings() | {
+            row: Row = self.setting | {
                 "scan": index,
                 "resident_bytes": resident * page,
                 "huge_coverage": figures.share(now.pmd_mapped, resident),
@@ -121,7 +119,9 @@ class Evaluation:
         split_ps = (folios - huge) * costs.split_folio + (now.split << pmd_order) * costs.split_page
         return spent + (split_ps / 1e12 if now.split else 0.0)
 
-    def _settings(self) -> Row:
+    @property
+    def setting(self) -> Row:
+        """The columns that identify the setting."""
         tunables = self.rules.tunables
         return {
             "policy": self.policy,
@@ -147,12 +147,10 @@ def evaluate(
     """Take the memory of `space` through scans under each of some settings.
 
     Args:
-        settings: what to plan; a policy may be any maker of :mod:`mthp.lab.makers`, and `within` and `filled` of
-            each setting apply.
+        settings: what to plan; a policy may be any maker of :mod:`mthp.lab.makers`.
         scans: number of scans; None for as many as it takes until nothing changes.
         contents: also read the contents, to find pages of zeroes that the program wrote itself.
         heat: which memory is used, for the part of the accesses that go to memory that PMD entries map.
-        progress: called after every block.
         block_ranges: PMD ranges to read at a time.
 
     Returns:
@@ -163,39 +161,39 @@ def evaluate(
         UnsupportedError: `contents` of an address space without any.
         TargetVanishedError: the process exited in the meantime.
     """
-    by: TrimBy = next(iter(space.trims_by), "cold") if isinstance(space, Trimming) else "cold"
     limit = MAX_SCANS if scans is None else scans
     # Listed once, because mappings of a live target change, and all settings must have the same.
     vmas = space.vmas()
     courses = [_Course.of(space, vmas, options, limit) for options in settings]
-    work: dict[_Places, list[_Course]] = {}
-    for course in courses:
-        # Settings that choose the same ranges share each read; others (a trigger, a size that is off) read their own.
-        work.setdefault(course.places(), []).append(course)
-    granule = space.geometry.pmd_size
-    todo = [
-        (members, index, space.populated(list(segments), granule))
-        for places, members in work.items()
-        for index, segments in enumerate(places)
-    ]
+    todo = _reads(space, courses)
     reading = Reading(progress, [segment for _, _, segments in todo for segment in segments])
     for members, index, segments in todo:
         # PMD ranges do not depend on each other. So each block is read once, and taken through all settings and scans
         # before the next is read: memory use depends on the size of a block, not of the target.
-        for block in in_blocks(segments, block_ranges * granule):
+        for block in in_blocks(segments, block_ranges * space.geometry.pmd_size):
             address = ranges_of(block, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
-            planes, hot, empty = _read(space, members[0].jobs[index], address, contents, heat)
-            before = replace(counted(planes, space.geometry), hot=hot_share(planes, hot))
-            if empty is not None:
-                before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
+            state = _read(space, members[0].jobs[index], address, contents, heat)
             for course in members:
-                course.add(planes, before, course.jobs[index].rules, hot, empty, by)
+                course.add(state, course.jobs[index].rules)
             reading.has_read(block)
     longest = max((len(course.scans) for course in courses), default=0)
     heated = heat is not None and heat.spans > 0
     # A setting that settled earlier repeats its last state, so that all tables have the same rows.
     return [course.outcome(longest if scans is None else scans + 1, heated=heated) for course in courses]
+
+
+def _reads(space: AddressSpace, courses: Sequence[_Course]) -> list[tuple[list[_Course], int, list[Segment]]]:
+    """Return the reads that settings share: these settings, the index of their job, and its segments."""
+    work: dict[tuple[tuple[Segment, ...], ...], list[_Course]] = {}
+    for course in courses:
+        # Settings that choose the same ranges share each read; others (a trigger, a size that is off) read their own.
+        work.setdefault(tuple(tuple(job.segments) for job in course.jobs), []).append(course)
+    return [
+        (members, index, space.populated(list(segments), space.geometry.pmd_size))
+        for places, members in work.items()
+        for index, segments in enumerate(places)
+    ]
 
 
 def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
@@ -211,10 +209,6 @@ def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
     [outcome] = evaluate(space, [by_splits])
     before, after = (int(scan.by_order.sum()) for scan in outcome.scans)
     return resident_bytes(space) + (after - before) * space.geometry.page_size
-
-
-_Places = tuple[tuple[Segment, ...], ...]
-"""The segments of every job of a setting."""
 
 
 @dataclass
@@ -234,20 +228,9 @@ class _Course:
         jobs, _ = jobs_of(space, options, base, vmas)
         return cls(options, Maker.named(options.policy), base, jobs, limit, [Counts()])
 
-    def places(self) -> _Places:
-        return tuple(tuple(job.segments) for job in self.jobs)
-
-    def add(
-        self,
-        planes: Planes,
-        before: Counts,
-        rules: Rules,
-        hot: NDArray[np.float64],
-        empty: Bits | None,
-        by: TrimBy,
-    ) -> None:
+    def add(self, state: RangeState, rules: Rules) -> None:
         """Take one more block through all scans."""
-        block = history(planes, before, self.maker, rules, self.limit, empty, by, hot)
+        block = history(state, self.maker, rules, self.limit)
         # After its last scan a block does not change, and neither does the sum.
         length = max(len(self.scans), len(block))
         self.scans = [scan_at(self.scans, index) + scan_at(block, index) for index in range(length)]
@@ -257,17 +240,16 @@ class _Course:
         return Evaluation(self.options, self.maker.name, self.base, scans, heated)
 
 
-def _read(
-    space: AddressSpace, job: Job, address: NDArray[np.uint64], contents: bool, heat: Heat | None
-) -> tuple[Planes, NDArray[np.float64], Bits | None]:
-    """Return the planes, the shares of accesses and the pages of zeroes of the PMD ranges that are not empty."""
+def _read(space: AddressSpace, job: Job, address: NDArray[np.uint64], contents: bool, heat: Heat | None) -> RangeState:
+    """Return the present state of the PMD ranges that are not empty."""
+    by: TrimBy = next(iter(space.trims_by), "cold") if isinstance(space, Trimming) else "cold"
     columns, planes = read_planes(space, job, address)
     empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
     hot = _shares(heat, address, space.geometry.pmd_size)
     some = _with_pages(planes)
     if some.all():
-        return planes, hot, empty
-    return planes.chosen(some), hot[some], None if empty is None else empty[some]
+        return RangeState(planes, empty, hot, by)
+    return RangeState(planes.chosen(some), None if empty is None else empty[some], hot[some], by)
 
 
 def _with_pages(planes: Planes) -> Bits:

@@ -105,6 +105,17 @@ Row = Annotated[dict[str, Any], row_schema]
 """One row of a result table: the columns that identify it, and metrics by name."""
 
 
+SETTING = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
+"""Columns that make up a setting, in addition to the policy."""
+
+
+def setting_names(rows: Sequence[Row]) -> list[str]:
+    """Return the name of the setting of each row: the policy, and the other values in which the settings differ."""
+    # A value that all settings share would only make the names longer.
+    differing = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
+    return [" ".join([row["policy"], *(f"{key}={row.get(key)}" for key in differing)]) for row in rows]
+
+
 def order_column(order: int) -> str:
     """Return the name of the column of one order's share: ``"order_share_9"``."""
     return f"order_share_{order}"

@@ -20,7 +20,7 @@ from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
 from mthp.lab.figures import MAX_ORDER
 from mthp.lab.makers import Maker
-from mthp.lab.splitting import by_splitting, given_back, trimmed
+from mthp.lab.splitting import Split, given_back, made_by, trimmed
 from mthp.trimming import TrimBy
 
 MAX_SCANS = 64
@@ -61,72 +61,79 @@ def scan_at(scans: Sequence[Counts], index: int) -> Counts:
     return scans[min(index, len(scans) - 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class RangeState:
+    """Some PMD ranges at one moment.
+
+    Attributes:
+        planes: their planes.
+        empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd); None if none are known.
+        hot: the part of the observed accesses that each range has: float64, shape (ranges,); None if none were seen.
+        by: the way in which a trim would give pages back.
+    """
+
+    planes: Planes
+    empty: Bits | None = None
+    hot: NDArray[np.float64] | None = None
+    by: TrimBy = "cold"
+
+    def counts(self, geometry: Geometry) -> Counts:
+        """Return the resident pages, those that a trim would give back, and the accesses to huge memory."""
+        planes, empty = self.planes, self.empty
+        back = 0 if empty is None else trimmed(planes, empty, self.by, TrimOptions().zero, geometry)
+        huge = planes.pmd_mapped
+        hot = 0.0 if self.hot is None or huge is None else float(self.hot[huge].sum())
+        return replace(counted(planes, geometry), trimmable=back, hot=hot)
+
+    def after(self, split: Split, geometry: Geometry) -> RangeState:
+        """Return the state after the folios of `split` are made."""
+        planes = self.planes
+        had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+        # Pages that a collapse fills are zeroes, and the program is not modelled.
+        empty: Bits = (split.made != 0) & ~had
+        if self.empty is not None:
+            empty |= self.empty
+        planes = carried_out(planes, split.made, geometry)
+        if split.ranges.any():
+            # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
+            planes, gone = given_back(planes, split, empty)
+            empty &= ~gone
+        return replace(self, planes=planes, empty=empty)
+
+
 def settled(planes: Planes, maker: Maker, rules: Rules, limit: int) -> Planes:
     """Return the planes of some PMD ranges after a scan makes nothing any more, or after `limit` scans."""
     for _ in range(limit):
-        plan = plan_planes(planes, maker.policy, rules)
-        made = by_splitting(planes, plan).made if maker.splits else plan.made
+        made = made_by(maker, planes, plan_planes(planes, maker.policy, rules)).made
         if not made.any():
             break
-        planes, _ = carried_out(planes, made, rules.geometry)
+        planes = carried_out(planes, made, rules.geometry)
     return planes
 
 
-def history(
-    planes: Planes,
-    before: Counts,
-    maker: Maker,
-    rules: Rules,
-    limit: int,
-    empty: Bits | None = None,
-    by: TrimBy = "cold",
-    hot: NDArray[np.float64] | None = None,
-) -> list[Counts]:
+def history(state: RangeState, maker: Maker, rules: Rules, limit: int) -> list[Counts]:
     """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
-
-    Args:
-        planes: the planes of the ranges.
-        before: their pages, as :func:`counted` returns them.
-        empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd).
-        by: the way in which a trim would give pages back.
-        hot: float64, shape (ranges,): the part of the observed accesses that each range has.
 
     Returns:
         The state before the first scan and after each, including a last one that made nothing.
     """
-    scans, geometry = [before], rules.geometry
-    empty = np.zeros_like(planes.present) if empty is None else empty
+    scans = [state.counts(rules.geometry)]
     for _ in range(limit):
-        plan = plan_planes(planes, maker.policy, rules)
-        split = by_splitting(planes, plan) if maker.splits else None
-        if split is None:
-            made, copied, filled = plan.made, int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
-        else:
-            made, copied, filled = split.made, split.copied, split.filled
-        last = scans[-1]
+        plan, last = plan_planes(state.planes, maker.policy, rules), scans[-1]
+        split = made_by(maker, state.planes, plan)
         # The last scan costs time, too, though it makes nothing.
-        if not copied + filled:
+        if not split.copied + split.filled:
             scans.append(replace(last, scanned=plan.scanned_ptes))
             break
-        # Before the planes change: whatever had no contents is filled.
-        had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
-        planes, now = carried_out(planes, made, geometry)
-        # Pages that a collapse fills are zeroes, and the program is not modelled.
-        empty = empty | ((made != 0) & ~had)
-        if split is not None:
-            # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
-            planes, gone = given_back(planes, split, empty)
-            empty, now = empty & ~gone, counted(planes, geometry)
+        state = state.after(split, rules.geometry)
         scans.append(
             replace(
-                now,
-                copied=last.copied + copied,
-                filled=last.filled + filled,
-                folios=last.folios + _folios_by_order(made),
+                state.counts(rules.geometry),
+                copied=last.copied + split.copied,
+                filled=last.filled + split.filled,
+                folios=last.folios + _folios_by_order(split.made),
                 scanned=plan.scanned_ptes,
-                split=last.split + (0 if split is None else int(split.ranges.sum())),
-                trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
-                hot=0.0 if hot is None else hot_share(planes, hot),
+                split=last.split + int(split.ranges.sum()),
             )
         )
     return scans
@@ -140,8 +147,8 @@ def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
     return folios
 
 
-def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> tuple[Planes, Counts]:
-    """Return the planes and the pages of some PMD ranges after the folios of `made` are made in them."""
+def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> Planes:
+    """Return the planes of some PMD ranges after the folios of `made` are made in them."""
     inside: Bits = made != 0
     outside = ~inside
 
@@ -153,7 +160,7 @@ def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> t
     # A folio of the PMD order begins at the first page of its range.
     huge = made[:, 0] == geometry.pmd_order
     orders = made if planes.folio_order is None else np.where(inside, made, planes.folio_order)
-    after = replace(
+    return replace(
         planes,
         present=planes.present | inside,
         # A new folio is private, present and just written: the marks of the old entries are gone.
@@ -168,7 +175,6 @@ def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> t
         filled=filled if planes.filled is None else planes.filled | filled,
         pmd_mapped=huge if planes.pmd_mapped is None else planes.pmd_mapped | huge,
     )
-    return after, counted(after, geometry)
 
 
 def counted(planes: Planes, geometry: Geometry) -> Counts:
@@ -183,8 +189,3 @@ def counted(planes: Planes, geometry: Geometry) -> Counts:
         by_order[0] -= pages
     huge = 0 if planes.pmd_mapped is None else int(np.count_nonzero(occupied[planes.pmd_mapped]))
     return Counts(by_order, huge)
-
-
-def hot_share(planes: Planes, hot: NDArray[np.float64]) -> float:
-    """Return the sum of `hot` over the ranges that a PMD entry maps."""
-    return 0.0 if planes.pmd_mapped is None else float(hot[planes.pmd_mapped].sum())

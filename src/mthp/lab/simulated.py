@@ -1,4 +1,4 @@
-"""Results of simulations in a Parquet file: one row for each sample, with the scenario as metadata."""
+"""Results of simulations, in memory and in a Parquet file: a row for each sample, with the scenario as metadata."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mthp.bounded import named, parse_json
 from mthp.errors import UsageError
 from mthp.files import PUBLIC, creating
+from mthp.geometry import Geometry
+from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.rows import checked_rows
 from mthp.lab.scenariotables import Scenario
-from mthp.lab.simulation import Outcome
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.snapshot.table import pyarrow
 
@@ -34,6 +35,68 @@ _KINDS_OF_ALL = {
     **dict.fromkeys(("bloat_bytes", "copied_bytes"), int),
 }
 """The required columns of rows of all processes together, in addition to `_KINDS`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run.
+
+    Attributes:
+        policy: the policy of the run, as :mod:`mthp.lab.makers` names it.
+        rows: one for each sample and process, and one for all processes together, with ``""`` as `process`; the
+            columns are those of :mod:`mthp.lab.figures`.
+        interrupted: the caller stopped it.
+    """
+
+    policy: str
+    rows: list[Row]
+    interrupted: bool = False
+
+    @property
+    def last(self) -> Row:
+        """The last row of all processes together."""
+        return next(row for row in reversed(self.rows) if not row["process"])
+
+    def time_to_coverage(self, wanted: float) -> float:
+        """Return the simulated seconds until PMD entries mapped the part `wanted` of all memory; inf if never."""
+        whole = [row for row in self.rows if not row["process"]]
+        return figures.time_to_coverage(
+            [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
+        )
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Runs of one scenario.
+
+    Attributes:
+        scenario: the scenario.
+        seed: seed of all random numbers.
+        policies: one for each run.
+        outcomes: outcomes of the runs; fewer than policies if interrupted.
+    """
+
+    JSON: ClassVar = "name=scenario.name seed policies geometry interrupted rows"
+
+    scenario: Scenario
+    seed: int
+    policies: list[str]
+    outcomes: list[Outcome]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Geometry of the simulated machine."""
+        return self.scenario.geometry
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the caller stopped it."""
+        return self.outcomes[-1].interrupted
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all runs."""
+        return [row for outcome in self.outcomes for row in outcome.rows]
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ import heapq
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.census import take_census
-from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.makers import Maker
 from mthp.lab.scenariotables import FaultSettings, ProcessPlan, Scenario, TrimSettings
+from mthp.lab.simulated import Outcome
 from mthp.lab.upkeep import Upkeep
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.ptes import Pte
@@ -32,68 +32,6 @@ Progress = Callable[[float, float], None]
 
 MOST_PINS = 4096
 """The most pages of one process that a fault pins."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a run.
-
-    Attributes:
-        policy: the policy of the run, as :mod:`mthp.lab.makers` names it.
-        rows: one for each sample and process, and one for all processes together, with ``""`` as `process`; the
-            columns are those of :mod:`mthp.lab.figures`.
-        interrupted: the caller stopped it.
-    """
-
-    policy: str
-    rows: list[Row]
-    interrupted: bool = False
-
-    @property
-    def last(self) -> Row:
-        """The last row of all processes together."""
-        return next(row for row in reversed(self.rows) if not row["process"])
-
-    def time_to_coverage(self, wanted: float) -> float:
-        """Return the simulated seconds until PMD entries mapped the part `wanted` of all memory; inf if never."""
-        whole = [row for row in self.rows if not row["process"]]
-        return figures.time_to_coverage(
-            [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
-        )
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """Runs of one scenario.
-
-    Attributes:
-        scenario: the scenario.
-        seed: seed of all random numbers.
-        policies: one for each run.
-        outcomes: outcomes of the runs; fewer than policies if interrupted.
-    """
-
-    JSON: ClassVar = "name=scenario.name seed policies geometry interrupted rows"
-
-    scenario: Scenario
-    seed: int
-    policies: list[str]
-    outcomes: list[Outcome]
-
-    @property
-    def geometry(self) -> Geometry:
-        """Geometry of the simulated machine."""
-        return self.scenario.geometry
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the caller stopped it."""
-        return self.outcomes[-1].interrupted
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of all runs."""
-        return [row for outcome in self.outcomes for row in outcome.rows]
 
 
 def simulate(

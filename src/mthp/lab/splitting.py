@@ -11,12 +11,13 @@ from mthp.engine.bits import Bits
 from mthp.engine.plan import Plan
 from mthp.engine.planes import Planes
 from mthp.geometry import Geometry
+from mthp.lab.makers import Maker
 from mthp.trimming import SMALLEST_LARGE, TrimBy
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The result of a plan if splits make the folios below the PMD order.
+    """The result of a plan, of which splits may make the folios below the PMD order.
 
     Attributes:
         made: int8, shape (ranges, ptes_per_pmd): order that each page is collapsed to; 0 if it is not.
@@ -28,6 +29,14 @@ class Split:
     ranges: Bits
     copied: int
     filled: int
+
+
+def made_by(maker: Maker, planes: Planes, plan: Plan) -> Split:
+    """Return the result of `maker` carrying out `plan` of `planes`."""
+    if maker.splits:
+        return by_splitting(planes, plan)
+    whole = np.zeros(len(plan), np.bool_)
+    return Split(plan.made, whole, int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64)))
 
 
 def by_splitting(planes: Planes, plan: Plan) -> Split:

@@ -120,7 +120,6 @@ def sweep(
     Args:
         inputs: names and files, as :func:`inputs_in` returns them.
         runner: :func:`mthp.lab.runners.local` or :func:`mthp.lab.runners.dask`.
-        overwrite: replace an existing file.
         stop: called after every input; finished inputs are kept for the next run.
 
     Raises:
@@ -137,29 +136,33 @@ def sweep(
     with PartsDirectory(target.with_name(target.name + PARTS_SUFFIX)) as parts:
         todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not _done(parts, keys[name])]
         report.resumed = report.done = len(inputs) - len(todo)
-        # Closing ends the workers, also after an error.
-        with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
-            # No runner is started for nothing.
-            for number, result in enumerate(results if todo else (), 1):
-                if result.error:
-                    report.failed[result.name] = result.error
-                else:
-                    parts.keep(keys[result.name], result.table)
-                    report.done += 1
-                if progress is not None:
-                    progress(report.resumed + number, len(inputs))
-                if stop():
-                    report.interrupted = number < len(todo)
-                    break
+        for number, result in enumerate(_results(runner, todo), 1):
+            if result.error:
+                report.failed[result.name] = result.error
+            else:
+                parts.keep(keys[result.name], result.table)
+                report.done += 1
+            if progress is not None:
+                progress(report.resumed + number, len(inputs))
+            if stop():
+                report.interrupted = number < len(todo)
+                break
         if report.interrupted:
             return report
-        # They arrive in any order.
         report.failed = dict(sorted(report.failed.items()))
         # By the name of the input, as `inputs` is sorted.
         report.rows = _merge(parts, [key for key in keys.values() if key in parts], target, overwrite=overwrite)
         report.path = os.fspath(output)
         parts.remove()
     return report
+
+
+def _results(runner: Runner, todo: Sequence[Task]) -> Iterator[Done]:
+    # No runner is started for nothing.
+    if todo:
+        # Closing ends the workers, also after an error.
+        with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
+            yield from results
 
 
 def _done(parts: PartsDirectory, key: str) -> bool:

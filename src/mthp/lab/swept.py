@@ -8,16 +8,13 @@ from pathlib import Path
 from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.lab.figures import Row, share
+from mthp.lab.figures import Row, setting_names, share
 from mthp.lab.rows import checked_rows
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.units import parse_size
 
 COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_bytes", "huge_coverage", "bloat_bytes")
 """Columns that identify the table of a sweep."""
-
-SETTING = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
-"""Columns that make up a setting, in addition to the policy."""
 
 _KINDS = {
     **dict.fromkeys(("input", "target", "policy", "orders"), str),
@@ -107,5 +104,4 @@ def _sum(rows: Sequence[Row], name: str, scan: int) -> Row:
 
 
 def _names(rows: Sequence[Row]) -> dict[int, str]:
-    differing = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
-    return {row["setting"]: " ".join([row["policy"], *(f"{key}={row.get(key)}" for key in differing)]) for row in rows}
+    return dict(zip((row["setting"] for row in rows), setting_names(rows), strict=True))

@@ -70,14 +70,7 @@ def report_on(
     census = take_census(space, lambda done, total: progress("counting pages", done, total))
     facts = _facts(source, census)
     if not census.total.resident and not census.total.state("swap"):
-        return Document(
-            title=census.label,
-            verdict="Nothing is resident: the process has no memory of its own, neither in RAM nor in swap,"
-            " so there is nothing to collapse.",
-            facts=facts,
-            notes=census.missing,
-            commands=commands,
-        )
+        return Document(census.label, _NOTHING_RESIDENT, facts, commands=commands, notes=census.missing)
     plan = plan_space(space, options, lambda done, total: progress("planning", done, total))
     after = None if source.later is None else take_census(source.later)
     comparison = compare(
@@ -103,6 +96,12 @@ def report_on(
         commands=commands,
         notes=census.missing,
     )
+
+
+_NOTHING_RESIDENT = (
+    "Nothing is resident: the process has no memory of its own, neither in RAM nor in swap, so there is nothing to"
+    " collapse."
+)
 
 
 def _limits(geometry: Geometry) -> list[int]:

@@ -11,7 +11,8 @@ from fakes import FakeSpace
 from mthp.lab import simulated
 from mthp.lab.figures import METRICS
 from mthp.lab.scenario import load_scenario
-from mthp.lab.simulation import Outcome, _Run, simulate
+from mthp.lab.simulated import Outcome
+from mthp.lab.simulation import _Run, simulate
 from mthp.lab.upkeep import Upkeep
 from mthp.ptes import Pte
 from mthp.report.simulations import report_on_simulation
