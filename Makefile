@@ -46,7 +46,7 @@ man: $(STAMP)  ## man pages, in build/man
 
 changelog: $(RUNS)  ## CHANGELOG.md from the fragments in changes/; VERSION=0.2.0
 	$(PIP) '.[release]'
-	$(BIN)/towncrier build --version $(or $(VERSION),$(error name the version: make changelog VERSION=0.2.0))
+	$(BIN)/towncrier build --yes --version $(or $(VERSION),$(error name the version: make changelog VERSION=0.2.0))
 
 dist: $(RUNS)  ## wheel and sdist, in dist
 	$(PIP) '.[release]'

@@ -190,7 +190,7 @@ def _print_one(out: Console, made: Planned) -> None:
     price = made.now.split_price.remark(made.plan.geometry)
     if made.now.rss_after_bytes is not None:
         price += f"; then {format_size(made.now.rss_after_bytes)} of the process are resident, at most"
-    reach = out_of_reach_remark(made.plan.out_of_reach_bytes, made.plan.geometry)
+    reach = out_of_reach_remark(made.plan.out_of_reach_bytes, made.plan.geometry, recommend=not made.plan.small)
     remarks = [price, made.now.remade.remark, heat, reach]
     note(out, [*remarks, *refused, *made.now.missing])
 

@@ -38,7 +38,8 @@ def print_report(
             print_allowed(out, report.plan, report.allowed)
         price = report.split_price.remark(report.geometry)
         refused = [f"the mover would not begin: {reason}" for reason in refusals]
-        reach = out_of_reach_remark(report.plan.out_of_reach_bytes, report.geometry)
+        outside = report.plan.out_of_reach_bytes
+        reach = out_of_reach_remark(outside, report.geometry, recommend=not report.plan.small)
         note(out, [price, reach, *refused, "dry run: nothing was changed"])
         return
     # Tables of outcomes would have nothing to show.
