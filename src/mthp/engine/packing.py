@@ -55,10 +55,14 @@ class Trimmed:
 
     Attributes:
         freed, kept: int64: frames that become free, and frames that compaction then moves.
+        zero: int64: frames in folios that are kept, with zeroes alone. They become free when compaction moves their
+            folio: without a free block of its order it splits it (compaction_alloc(), mm/compaction.c, and
+            migrate_pages_batch(), mm/migrate.c), which maps the shared page of zeroes in their place.
     """
 
     freed: Frames
     kept: Frames
+    zero: Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,9 @@ class Bounds:
 class Packing:
     """A machine's memory, which a plan and compaction change.
 
+    Attributes:
+        emptied: pages with zeroes that became free when compaction split their folios.
+
     Args:
         free: the free memory of the machine.
         blocks: its memory in blocks of the PMD order.
@@ -92,9 +99,13 @@ class Packing:
         listed = _listed(free, blocks)[:, None] & (blocks.pages == UNKNOWN)
         self._kinds[listed] = FREE
         self._flat = self._kinds.reshape(-1)
-        for kind, frames in () if trimmed is None else ((FREE, trimmed.freed), (MOVES, trimmed.kept)):
-            at, known = blocks.at(frames)
-            self._flat[at[known]] = kind
+        self.emptied = 0
+        self._zero = np.zeros(len(self._flat), np.bool_)
+        if trimmed is not None:
+            for kind, frames in (FREE, trimmed.freed), (MOVES, trimmed.kept), (MOVES, trimmed.zero):
+                at, known = blocks.at(frames)
+                self._flat[at[known]] = kind
+            self._zero[at[known]] = True
         at, known = blocks.at(own.frame)
         self._step = np.full(len(self._flat), _NO_STEP, np.int32)
         self._step[at[known]] = own.step[known]
@@ -176,14 +187,20 @@ class Packing:
     def _compact_zone(self, zone: slice) -> None:
         """Move pages up until the scanners meet."""
         kinds, order = self._kinds[zone], self._blocks.order
-        sources = np.flatnonzero(kinds == MOVES)
-        targets = self._targets(kinds, self._blocks.closed[zone])[: len(sources)]
-        sources = sources[: len(targets)]
+        zero = self._zero[zone.start << order : zone.stop << order]
+        sources = np.flatnonzero((kinds.reshape(-1) == MOVES) & ~zero)
+        targets = self._targets(kinds, self._blocks.closed[zone])
         # The first pages move up, the last ones would move down.
-        number = int((sources >> order < targets >> order).sum())
+        pairs = min(len(sources), len(targets))
+        number = int((sources[:pairs] >> order < targets[:pairs] >> order).sum())
+        # Folios before the first page that does not move were split.
+        end = np.append(sources, sources[-1:] + 1)[number] if number else 0
+        split = np.flatnonzero(zero[:end])
         sources, targets = sources[:number], targets[:number]
         flat, steps = kinds.reshape(-1), self._step[zone.start << order : zone.stop << order]
         flat[targets], flat[sources] = MOVES, FREE
+        flat[split], zero[split] = FREE, False
+        self.emptied += len(split) * self._blocks.weight
         steps[targets], steps[sources] = steps[sources], _NO_STEP
 
     def _targets(self, kinds: Kinds, closed: NDArray[np.bool_]) -> Frames:

@@ -141,7 +141,7 @@ class _Reaching:
         chosen = done[self._work.step_of]
         coverage = self._coverage(chosen)
         if trim is not None:
-            coverage = _without(coverage, trim)
+            coverage = _without(coverage, trim, 0 if supply.packing is None else supply.packing.emptied)
         return Reached(
             coverage.share(self._plan.coverage_order),
             int((np.int64(page_size) << self._plan.folios.order[chosen].astype(np.int64)).sum()),
@@ -202,9 +202,10 @@ def _beside(trim: TrimPlan, plan: SpacePlan) -> TrimPlan:
     )
 
 
-def _without(coverage: Coverage, trim: TrimPlan) -> Coverage:
-    """Return a coverage after the folios of `trim` are trimmed."""
+def _without(coverage: Coverage, trim: TrimPlan, emptied: int) -> Coverage:
+    """Return a coverage after the folios of `trim` are trimmed, and after `emptied` more of their pages are freed."""
     pages = np.array(coverage.pages, np.int64)
+    pages[0] -= emptied
     for (address, order), zero, gain in zip(trim.folios, trim.zero, trim.gains, strict=True):
         left = in_use(zero, trim.geometry.page_size) if trim.by == "split" else np.zeros(len(zero), np.int8)
         pages[0] -= gain
@@ -295,9 +296,9 @@ def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
     page_size = space.geometry.page_size
     chosen = sorted(zip(trim.folios, trim.zero, strict=True), key=lambda folio: folio[0])
     pfn = space.read([(address, address + page_size) for (address, _), _ in chosen]).pfn
-    freed, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    parts: tuple[list[NDArray[np.int64]], ...] = ([], [], [])
     for head, (_, zero) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
         gone = given_back(zero, trim.by or "split", page_size)
-        freed.append(head + np.flatnonzero(gone))
-        kept.append(head + np.flatnonzero(~gone))
-    return Trimmed(np.concatenate(freed), np.concatenate(kept))
+        for part, pages in zip(parts, (gone, ~zero, zero & ~gone), strict=True):
+            part.append(head + np.flatnonzero(pages))
+    return Trimmed(*(np.concatenate([np.empty(0, np.int64), *part]) for part in parts))

@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.cli import main
 from mthp.cli.render.planned import reach_table
-from mthp.engine.packing import Freed, Packing
+from mthp.engine.packing import Freed, Packing, Trimmed
 from mthp.engine.planning import plan_space
 from mthp.engine.reach import Limit, Steps, Supply, reachable
 from mthp.engine.reached import NO_BLOCKS, reach_of
@@ -179,6 +179,20 @@ def test_with_as_many_free_pages_as_it_wants_the_scanner_continues_page_by_page(
     work, memory = steps(6, 1), free(900, kept=-900)
     low, full, dense = "M" * 44 + "F" * 20, "M" * 64, "F" * 32 + "MF" * 16
     assert compacted(work, memory, packing(memory, low, dense, full, full)) == (1, {Limit.NOTHING})
+
+
+def test_compaction_frees_zeroes_of_folios_that_it_splits() -> None:
+    work, memory, none = steps(3, 1), free(90, kept=-90), np.empty(0, np.int64)
+    blocks, kept = memory_of("M" * 8, "M" * 8, "MMMMFFFF"), np.arange(4, 8)
+    moved = Packing(memory, blocks, freed(), Trimmed(none, none, kept))
+    assert compacted(work, memory, moved) == (1, {Limit.NOTHING})
+    assert moved.emptied == 4
+    assert compacted(work, memory, Packing(memory, blocks, freed(), Trimmed(none, kept, none))) == (0, {Limit.FOLIOS})
+    # Those that were given back are free before.
+    assert compacted(work, memory, Packing(memory, blocks, freed(), Trimmed(np.arange(8), none, none))) == (
+        1,
+        {Limit.NOTHING},
+    )
 
 
 def test_costly_orders_are_compacted_above_the_low_watermark_alone() -> None:
