@@ -7,8 +7,9 @@ broken folios first.
 
 Some processes always have such a child: servers with a process for each connection, pools of workers. So there is one
 bound: a target is left alone for :data:`LONGEST_WAIT_SECONDS` at most, for one child or for several that follow each
-other with pauses below :data:`PAUSE_SECONDS`. Then work goes on, and max_ptes_shared protects what is still shared: a
-range with more shared pages fails with EXCEED_SHARED_PTE.
+other with pauses below :data:`PAUSE_SECONDS`. Then a child that stays counts no more; if there are new ones all the
+time, one pass is made before the next wait, because each of them breaks up the folios that the target writes to.
+max_ptes_shared protects what is still shared: a range with more shared pages fails with EXCEED_SHARED_PTE.
 
 :class:`Lineage` learns of forks of all processes from the kernel's events; :class:`Forks` belongs to one target.
 """
@@ -66,9 +67,19 @@ class Forks:
         # A copy, because the main thread notes processes meanwhile.
         return [other for other, since in list(self._since.items()) if now - since < LONGEST_WAIT_SECONDS]
 
+    def _waits(self, now: float) -> bool:
+        """Return whether a process is waited for, and not yet for too long."""
+        return now - self._waits_since < LONGEST_WAIT_SECONDS and bool(self._recent(now))
+
+    def pass_done(self, now: float) -> None:
+        """Note that a pass is complete: where one child follows another, the next wait begins."""
+        if self._recent(now):
+            self._waits_since = now
+
     def reason(self, now: float) -> str:
         """Return why nothing may be collapsed now, or an empty text."""
-        if now - self._waits_since >= LONGEST_WAIT_SECONDS or not (recent := self._recent(now)):
+        recent = self._recent(now)
+        if not recent or not self._waits(now):
             return ""
         return (
             f"it shares memory with process {recent[-1]} since a fork: nothing is collapsed until one of the two ends"
@@ -77,8 +88,7 @@ class Forks:
 
     def take_over(self, now: float) -> bool:
         """Return whether sharing ended since the last call, so that memory must be scanned again."""
-        # While one child follows another, scanning everything at the end of each would never end.
-        if self._recent(now):
+        if self._waits(now):
             return False
         over, self._over = self._over, False
         return over

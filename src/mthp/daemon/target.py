@@ -373,6 +373,7 @@ class Target:
         """End a complete pass, and record its results."""
         self.folio_pages = self._ledger.folio_pages(self._environment.geometry.pmd_order)
         self._environment.pass_at = time.time()
+        self.forks.pass_done(self._environment.clock())
         self.end_pass()
 
     def end_pass(self) -> None:

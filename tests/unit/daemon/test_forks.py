@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from daemon_stage import FULL, HALF, HUGE, START, G, N, Stage, small_stage
 from mthp.daemon.forks import GENERATIONS, LONGEST_WAIT_SECONDS, PAUSE_SECONDS, SHORT_CHILD_SECONDS, Forks, Lineage
 from mthp.daemon.ledger import FIRST_AGE
@@ -53,6 +55,25 @@ def test_children_that_follow_each_other_are_waited_for_as_if_they_were_one() ->
     # After a pause in which a pass could be made, the next one is waited for.
     stage.now += PAUSE_SECONDS
     assert wait_for_children(stage, pause=1.0, seconds=60.0) == 0
+
+
+def test_between_two_waits_for_children_that_never_cease_one_pass_is_made() -> None:
+    stage = Stage(FULL, FULL)
+    made = []
+    for child in range(100, 100 + int(2.5 * LONGEST_WAIT_SECONDS / 5.0)):
+        stage.target.forks.began(child, stage.now)
+        # Each write breaks up what was made.
+        stage.space.write(START, Pte.PRESENT, 0, pages=2 * N)
+        stage.process.faults += 1
+        stage.steps(5.0)
+        stage.target.forks.ended(child, stage.now)
+        stage.steps(0.0)
+        made.append(len(stage.collapsed))
+    assert stage.collapsed == 2 * [0, 1]
+    # The first wait ends at its full length, the second as long after the pass.
+    assert [made.index(count) * 5.0 for count in (2, 4)] == [
+        pytest.approx(waits * LONGEST_WAIT_SECONDS, abs=10.0) for waits in (1, 2)
+    ]
 
 
 def test_children_with_pauses_are_all_waited_for() -> None:
