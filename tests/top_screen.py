@@ -10,8 +10,9 @@ from textual.pilot import Pilot
 
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
-from mthp.top.app import TopApp, View
+from mthp.top.app import TopApp
 from mthp.top.model import Row
+from mthp.top.survey import View
 
 
 class Rows:

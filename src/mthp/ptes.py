@@ -184,6 +184,17 @@ def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Seg
         yield block
 
 
+def union(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Return the union of `segments`, ascending, with neighbours joined."""
+    joined: list[Segment] = []
+    for start, end in sorted(segments):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return tuple(joined)
+
+
 def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator[Segment]:
     """Yield the parts of `segments` outside of `removed`. Both ascend, and their segments do not overlap."""
     holes = iter(removed)

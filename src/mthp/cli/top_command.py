@@ -58,9 +58,8 @@ def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
     Raises:
         MthpError: as :func:`mthp.targets.open_target`.
     """
-    from mthp.top.app import View
     from mthp.top.mapped import Mapped
-    from mthp.top.survey import Survey
+    from mthp.top.survey import Survey, View
 
     # A name of a process is its PID from here on.
     chosen = str(resolve("self" if target is None else target))

@@ -22,7 +22,7 @@ from mthp.engine.census import Census, VmaCensus, take_census
 from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry
 from mthp.progress import Progress, Reading
-from mthp.ptes import Segment, bytes_in, in_blocks
+from mthp.ptes import Segment, bytes_in, in_blocks, union
 from mthp.report.kinds import Kinds
 from mthp.units import format_size
 from mthp.vma import Vma
@@ -147,7 +147,7 @@ def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = 
     size = space.geometry.pmd_size
     return [
         # Without empty PMD ranges, so that a sparse arena of terabytes remains readable.
-        Stretch(vma, _merged([part for each in states for part in each.populated([(vma.start, vma.end)], size)]))
+        Stretch(vma, union(part for each in states for part in each.populated([(vma.start, vma.end)], size)))
         for vma in sorted((each.vma for each in largest), key=lambda vma: vma.start)
     ]
 
@@ -157,17 +157,6 @@ def _reaches_into(vma: Vma, others: Sequence[VmaCensus], ends: Sequence[int]) ->
     # The first that ends behind the start of `vma`, and so the only one to check.
     at = bisect.bisect_right(ends, vma.start)
     return at < len(others) and others[at].vma.start < vma.end
-
-
-def _merged(segments: list[Segment]) -> tuple[Segment, ...]:
-    """Return the union of `segments`, ascending."""
-    merged: list[Segment] = []
-    for start, end in sorted(segments):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
 
 
 def _held(vma: VmaCensus) -> int:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
-from mthp.ptes import ORDER_UNKNOWN, PteColumns, Segment
+from mthp.ptes import ORDER_UNKNOWN, PteColumns, Segment, page_numbers
 from mthp.snapshot.bounds import PAGES
 from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.formats import run_reader
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.recording import Recording
-from mthp.snapshot.runs import RunTable, decode, granules, join_granules, page_numbers
+from mthp.snapshot.runs import RunTable, decode, granules, join_granules
 from mthp.snapshot.stream import is_recording
 from mthp.snapshot.table import RunReader
 

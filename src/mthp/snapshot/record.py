@@ -16,10 +16,10 @@ from mthp.errors import UsageError
 from mthp.files import creating
 from mthp.heat import Heat
 from mthp.progress import Progress
-from mthp.ptes import Segment, at_pmd_ranges, in_blocks
+from mthp.ptes import Segment, at_pmd_ranges, in_blocks, page_numbers
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.formats import check_new, run_writer
-from mthp.snapshot.runs import RunTable, encode, page_numbers
+from mthp.snapshot.runs import RunTable, encode
 from mthp.vma import Vma, VmaKind
 
 BLOCK_SIZE = 256 << 20

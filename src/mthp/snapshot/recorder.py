@@ -21,12 +21,12 @@ from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
-from mthp.ptes import ORDER_NONE, PteColumns, Segment
+from mthp.ptes import ORDER_NONE, PteColumns, Segment, page_numbers
 from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.formats import check_new, stream_writer
 from mthp.snapshot.record import describe
 from mthp.snapshot.recording import CHANGING
-from mthp.snapshot.runs import RunTable, encode, page_numbers
+from mthp.snapshot.runs import RunTable, encode
 from mthp.snapshot.stream import Meta
 from mthp.vma import Vma, VmaKind
 

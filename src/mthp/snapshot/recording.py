@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from mthp.abilities import Accesses
 from mthp.bounded import inflate, named
 from mthp.errors import UsageError
-from mthp.ptes import PteColumns, Segment
+from mthp.ptes import PteColumns, Segment, page_numbers
 from mthp.snapshot.bounds import ACCESSES, COUNTERS, MAPPINGS, RUNS, STEPS
 from mthp.snapshot.description import Description
 from mthp.snapshot.formats import stream_reader
 from mthp.snapshot.recorded import RecordedSpace
-from mthp.snapshot.runs import RunTable, decode, granules, page_numbers
+from mthp.snapshot.runs import RunTable, decode, granules
 from mthp.snapshot.stream import Meta
 from mthp.units import parse_duration
 

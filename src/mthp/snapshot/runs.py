@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import UsageError
-from mthp.ptes import ORDER_NONE, ColumnTable, PteColumns, Segment
+from mthp.ptes import ORDER_NONE, ColumnTable, PteColumns, page_numbers
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,6 @@ def checked_runs(
     if (start % page_size).any() or not pages.all() or (pages > most).any() or (first + pages > most).any():
         raise UsageError("damaged: a run that has no whole pages")
     return RunTable(vma, first.astype(np.int64), pages.astype(np.int64), state, folio_order)
-
-
-def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
-    """Return segments of addresses as page numbers: int64, shape (segments, 2)."""
-    # Addresses of the highest pages, such as [vsyscall], do not fit a signed 64-bit integer, and the end of the address
-    # space does not fit any 64-bit integer, but their page numbers do.
-    return np.array([(start // page_size, end // page_size) for start, end in segments], np.int64).reshape(-1, 2)
 
 
 def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) -> RunTable:

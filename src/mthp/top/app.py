@@ -11,7 +11,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -22,16 +22,13 @@ from textual.coordinate import Coordinate
 from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Input, Static
 
-from mthp.addrspace import AddressSpace
-from mthp.engine.select import PlanOptions
-from mthp.geometry import Geometry
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_cells
 from mthp.top.mapped import Mapped
 from mthp.top.model import SORTS, Row, arranged, totals
 from mthp.top.screens import Notice, Question, Running, daemon_line, keys_text, plan_text, question_text
-from mthp.top.survey import RowSource
+from mthp.top.survey import View
 from mthp.units import format_size
 
 MAX_ROWS = 1000
@@ -39,32 +36,6 @@ MAX_ROWS = 1000
 
 INTERVAL = 0.5
 """Seconds between two drawings."""
-
-Opened = Callable[[int], AddressSpace]
-DaemonStatus = Callable[[], Mapping[str, Any] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Input of the screen.
-
-    Attributes:
-        title: title of the screen.
-        source: source of the rows.
-        geometry: geometry of the machine.
-        options: options of plans and collapses.
-        opened: opens a process by its PID, to collapse it; None where nothing can be collapsed.
-        status: requests the daemon's status; returns None if there is no daemon.
-        switches: the system's switches, in words.
-    """
-
-    title: str
-    source: RowSource
-    geometry: Geometry
-    options: PlanOptions
-    opened: Opened | None = None
-    status: DaemonStatus = lambda: None
-    switches: str = ""
 
 
 class TopApp(App[int]):

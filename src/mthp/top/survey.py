@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from mthp.addrspace import AddressSpace
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.geometry import Geometry
 from mthp.pacing import CpuBudget
 from mthp.top.looks import NotWantedError, first_look, second_look, third_look
 from mthp.top.model import Row
@@ -52,6 +54,33 @@ class RowSource(Protocol):
 
     def close(self) -> None:
         """Stop reading."""
+
+
+Opened = Callable[[int], AddressSpace]
+DaemonStatus = Callable[[], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Input of the screen.
+
+    Attributes:
+        title: title of the screen.
+        source: source of the rows.
+        geometry: geometry of the machine.
+        options: options of plans and collapses.
+        opened: opens a process by its PID, to collapse it; None where nothing can be collapsed.
+        status: requests the daemon's status; returns None if there is no daemon.
+        switches: the system's switches, in words.
+    """
+
+    title: str
+    source: RowSource
+    geometry: Geometry
+    options: PlanOptions
+    opened: Opened | None = None
+    status: DaemonStatus = lambda: None
+    switches: str = ""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from mthp.addrspace import AddressSpace
 from mthp.bounded import Bound
 from mthp.lab.workloads.parameters import FilePath, Speed
 from mthp.lab.workloads.program import Life, Program
-from mthp.ptes import Pte
+from mthp.ptes import Pte, Segment, bytes_in, union
 from mthp.vma import VmaKind
 
 HELD = Bound(1 << 30, "pages of all steps of a recording together")
@@ -42,20 +42,13 @@ class Replay:
         return max((int(held.sum()) * self._page for _, held in self._steps), default=0)
 
     @cached_property
-    def _segments(self) -> list[tuple[int, int]]:
+    def _segments(self) -> tuple[Segment, ...]:
         """The ranges of anonymous memory of all steps together, in whole pages, merged."""
-        found: list[tuple[int, int]] = []
-        for _, space in self._walk():
-            found += [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
-        merged: list[tuple[int, int]] = []
-        for start, end in sorted(found):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            else:
-                merged.append((start, end))
+        spaces = (space for _, space in self._walk())
+        merged = union((vma.start, vma.end) for space in spaces for vma in space.vmas() if vma.kind is VmaKind.ANON)
         from mthp.snapshot.bounds import PAGES
 
-        PAGES.check(sum(end - start for start, end in merged) // self._page)
+        PAGES.check(bytes_in(merged) // self._page)
         return merged
 
     @cached_property
@@ -66,7 +59,7 @@ class Replay:
     def _steps(self) -> list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]]:
         """For each step its time, and which pages of the segments had contents."""
         segments, page = self._segments, self._page
-        pages = sum(end - start for start, end in segments) // page
+        pages = bytes_in(segments) // page
         steps: list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]] = []
         for seconds, space in self._walk():
             # Before the step is read.
@@ -90,7 +83,7 @@ class Replay:
     def live(self, program: Program) -> Life:
         """Replay step after step."""
         starts = [program.map(end - start, at=start) for start, end in self._segments]
-        before = np.zeros(sum(end - start for start, end in self._segments) // self._page, np.bool_)
+        before = np.zeros(bytes_in(self._segments) // self._page, np.bool_)
         ends = np.cumsum([(end - start) // self._page for start, end in self._segments])
         for seconds, held in self._steps:
             while (yield) * self.speed < seconds:
@@ -104,7 +97,7 @@ class Replay:
             yield
 
 
-def _held(space: AddressSpace, segments: list[tuple[int, int]]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _held(space: AddressSpace, segments: tuple[Segment, ...]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     columns = space.read(segments)
     # Swapped-out pages have contents: the program wrote them.
     return columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO) | columns.has(Pte.SWAP)
