@@ -243,7 +243,11 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
             [int(number) for number in re.findall(rf"\b{name}:\s+(\d+)", part)]
             for name in ("count", "high_min", "high")
         )
-        # The boost after a fallback passes as soon as kswapd has run (boost_watermark(), mm/page_alloc.c).
+        # The boost after a fallback (boost_watermark(), mm/page_alloc.c) passes as soon as kswapd has run. It does not
+        # where it found nothing to reclaim (wakeup_kswapd(), mm/vmscan.c).
+        cache = sum(map(int, re.findall(r"nr_zone_(?:in)?active_file\s+(\d+)", part)))
+        if cache < boost or re.search(r"node_unreclaimable:\s+1", part):
+            boost = 0
         yield (
             (int(head[1]), head[2]),
             FreeZone(

@@ -51,6 +51,8 @@ Node 0, zone      DMA
 Node 0, zone   Normal
   pages free     30
         boost    2
+        nr_zone_inactive_file 1
+        nr_zone_active_file 1
         min      7
         low      8
         spanned  64
@@ -76,6 +78,12 @@ def test_the_texts_of_linux_are_read_zone_by_zone() -> None:
     assert [free.folios(order) for order in (1, 2, 3)] == [11, 4, 2]
     assert (free.listed, free.unlisted) == (9, 5)
     assert free.plus(4).spare == free.spare + 4
+
+
+@pytest.mark.parametrize("change", [("_file 1", "_file 0"), ("  start_pfn", "  node_unreclaimable:  1\n  start_pfn")])
+def test_a_boost_of_the_watermarks_stays_where_kswapd_has_nothing_to_reclaim(change: tuple[str, str]) -> None:
+    assert parse_free_memory(BUDDYINFO, ZONEINFO).zones[1].kept == 5
+    assert parse_free_memory(BUDDYINFO, ZONEINFO.replace(*change)).zones[1].kept == 7
 
 
 @pytest.mark.parametrize("noise", ["Node", "Node 0, zone   Normal a b", "Node 0, zone   Normal, type", "\0"])
