@@ -39,7 +39,7 @@ class _Replay:
         self.taker = StepTaker(self.space)
         self.rows = 0
         path = "replay"
-        recording = type("R", (), {"path": path, "description": self.taker.description})
+        recording = type("R", (), {"path": path, "description": self.taker.description, "traced": False})
         self._state = _State(recording)  # type: ignore[arg-type]
 
     def step(self) -> None:
