@@ -182,7 +182,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     space = space_of((512, P, 0))
     with pytest.raises(UsageError, match="no policy"):
         compare(space, [])
-    with pytest.raises(UsageError, match="0 scans"):
+    with pytest.raises(UsageError, match="0 is not a number of scans"):
         compare(space, settings_of(["rfc"]), scans=0)
     with pytest.raises(UsageError, match="unknown policy 'nobody'"):
         compare(space, settings_of(["nobody"]))
