@@ -21,13 +21,13 @@ from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.heat import Heat, HeatRequest, parse_heat
 from mthp.heatfile import read_heat
 from mthp.means import Means
-from mthp.ptes import Pte, PteColumns, Segment, in_blocks, in_range_blocks
+from mthp.ptes import Pte, PteColumns, Segment, in_portions, in_range_portions
 from mthp.vma import Vma
 
 Accesses = Callable[[], Iterable[NDArray[np.int64]]]
 """Yields the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), in parts."""
 
-READ_BLOCK = 256 << 20
+READ_PORTION = 256 << 20
 """Bytes of address space per read when all of it is read."""
 
 
@@ -178,8 +178,8 @@ def resident_bytes(space: AddressSpace) -> int:
     if isinstance(space, Resident):
         return space.resident_bytes()
     pages = 0
-    for block in in_blocks(space.populated(space.mapped(), space.geometry.pmd_size), READ_BLOCK):
-        columns = space.read(block)
+    for portion in in_portions(space.populated(space.mapped(), space.geometry.pmd_size), READ_PORTION):
+        columns = space.read(portion)
         pages += int((columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).sum())
     return pages * space.geometry.page_size
 
@@ -326,5 +326,5 @@ class Reading:
         self._space = space
 
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        for block in in_range_blocks(segments, self._space.geometry, READ_BLOCK):
-            yield self._space.read(block)
+        for portion in in_range_portions(segments, self._space.geometry, READ_PORTION):
+            yield self._space.read(portion)

@@ -23,7 +23,7 @@ from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
-from mthp.ptes import Block, Pte, PteColumns, Segment, in_blocks, segments_of
+from mthp.ptes import Block, Pte, PteColumns, Segment, in_portions, segments_of
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
@@ -198,8 +198,8 @@ class AddressSpace(Closing, abc.ABC):
             TargetVanishedError: the process is gone.
         """
         parts = [
-            _outline_of_block(self.read(block), self.geometry)
-            for block in in_blocks(segments, _OUTLINE_PMD_RANGES * self.geometry.pmd_size)
+            _outline_of_portion(self.read(portion), self.geometry)
+            for portion in in_portions(segments, _OUTLINE_PMD_RANGES * self.geometry.pmd_size)
         ]
         return Outline.joined(parts)
 
@@ -212,7 +212,7 @@ _OUTLINE_PMD_RANGES = 128
 """PMD ranges per read for an outline."""
 
 
-def _outline_of_block(columns: PteColumns, geometry: Geometry) -> Outline:
+def _outline_of_portion(columns: PteColumns, geometry: Geometry) -> Outline:
     """Return the outline of what was read: runs of pages of one kind."""
     kinds = np.zeros(len(columns.state), np.uint8)
     for kind, bit in ((PRESENT, Pte.PRESENT), (HUGE, Pte.PMD_MAPPED), (ZERO, Pte.ZERO), (SWAP, Pte.SWAP)):

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.geometry import Geometry
 from mthp.metrics import ORDERS, Coverage, CoverageCounter, anonymous_pages, mapped_runs, page_numbers, resident_pages
-from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks, without
+from mthp.ptes import Pte, PteColumns, Segment, in_range_portions, without
 from mthp.vma import Vma, VmaKind
 
-BLOCK_PAGES = 1 << 18
+PORTION_PAGES = 1 << 18
 """Pages per read: enough to amortise the cost of a call, and few enough to bound memory."""
 
 
@@ -70,8 +70,8 @@ def measure(
     meter = Meter(space, vmas, scope)
     if addresses is not None and orders is not None:
         meter.expect(addresses, orders)
-    for block in meter.blocks(meter.segments):
-        meter.add(space.read(block))
+    for portion in meter.portions(meter.segments):
+        meter.add(space.read(portion))
     return meter.measured()
 
 
@@ -83,8 +83,8 @@ def out_of_reach_bytes(space: AddressSpace) -> int:
     """
     vmas = space.vmas()
     meter = Meter(space, vmas)
-    for block in meter.blocks(without(meter.segments, [vma.pmd_ranges(space.geometry) for vma in vmas])):
-        meter.add(space.read(block))
+    for portion in meter.portions(without(meter.segments, [vma.pmd_ranges(space.geometry) for vma in vmas])):
+        meter.add(space.read(portion))
     return meter.measured().now.out_of_reach_bytes(space.geometry)
 
 
@@ -112,9 +112,9 @@ class Meter:
         wanted = [segment for vma in vmas if (segment := _counted(vma, self._scope, page_size)) is not None]
         self.segments = space.populated(wanted, page_size)
 
-    def blocks(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    def portions(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
         """Group and cut `segments` at PMD ranges, so that no folio that the hardware could use spans two reads."""
-        return in_range_blocks(segments, self._geometry, BLOCK_PAGES * self._geometry.page_size)
+        return in_range_portions(segments, self._geometry, PORTION_PAGES * self._geometry.page_size)
 
     def expect(self, addresses: NDArray[np.uint64], orders: NDArray[np.int8]) -> None:
         """Expect folios to be made of the entries that are added next.

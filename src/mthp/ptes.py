@@ -138,7 +138,7 @@ def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
 def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
     """Yield `segments`, cut at the end of a PMD range if they begin inside it.
 
-    :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
+    :func:`in_portions` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
     """
     for start, end in segments:
         aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
@@ -148,40 +148,42 @@ def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[S
         yield start, end
 
 
-def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
-    """Group as :func:`in_blocks`, but keep each PMD range in one group, which may exceed the size by that much."""
-    block: list[Segment] = []
-    room = block_size
-    for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
+def in_range_portions(segments: Iterable[Segment], geometry: Geometry, portion_size: int) -> Iterator[list[Segment]]:
+    """Group as :func:`in_portions`, but keep each PMD range in one group, which may exceed the size by that much."""
+    portion: list[Segment] = []
+    room = portion_size
+    for [segment] in (
+        group for piece in at_pmd_ranges(segments, geometry) for group in in_portions([piece], portion_size)
+    ):
         start, end = segment
-        if block and end - start > room and start // geometry.pmd_size != (block[-1][1] - 1) // geometry.pmd_size:
-            yield block
-            block, room = [], block_size
-        block.append(segment)
+        if portion and end - start > room and start // geometry.pmd_size != (portion[-1][1] - 1) // geometry.pmd_size:
+            yield portion
+            portion, room = [], portion_size
+        portion.append(segment)
         room -= end - start
-    if block:
-        yield block
+    if portion:
+        yield portion
 
 
-def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
-    """Group and cut `segments` so that each group has at most `block_size` bytes.
+def in_portions(segments: Iterable[Segment], portion_size: int) -> Iterator[list[Segment]]:
+    """Group and cut `segments` so that each group has at most `portion_size` bytes.
 
-    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut at PMD ranges
-    if the block size is a multiple of the PMD size.
+    Cuts fall on multiples of `portion_size` from a segment's start, so segments of whole PMD ranges are cut at PMD
+    ranges if that size is a multiple of the PMD size.
     """
-    block: list[Segment] = []
-    room = block_size
+    portion: list[Segment] = []
+    room = portion_size
     for start, end in segments:
         while start < end:
-            if block and end - start > room:
-                yield block
-                block, room = [], block_size
+            if portion and end - start > room:
+                yield portion
+                portion, room = [], portion_size
             stop = min(end, start + room)
-            block.append((start, stop))
+            portion.append((start, stop))
             room -= stop - start
             start = stop
-    if block:
-        yield block
+    if portion:
+        yield portion
 
 
 def union(segments: Iterable[Segment]) -> tuple[Segment, ...]:

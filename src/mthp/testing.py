@@ -26,7 +26,7 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.metrics import MAX_FOLIO_ORDER
-from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks, without
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, in_portions, without
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
@@ -167,8 +167,8 @@ class _Check:
         return chosen
 
     def entries(self) -> None:
-        for block in in_blocks(self.segments(), 1 << 26):
-            for start, end in block:
+        for portion in in_portions(self.segments(), 1 << 26):
+            for start, end in portion:
                 self._entries_of((start, end))
         empty = self.space.read([])
         self.expect(len(empty.state) == len(empty.folio_order) == 0, "read([]) returns entries")
@@ -271,7 +271,7 @@ class _Check:
     def _nothing_left_out(self, segments: list[Segment], granule: int) -> bool:
         found = self.space.populated(segments, granule)
         left = without(segments, found)
-        return not any(self.space.read(block).state.any() for block in in_blocks(left, 1 << 26))
+        return not any(self.space.read(portion).state.any() for portion in in_portions(left, 1 << 26))
 
     # Collapsing.
 

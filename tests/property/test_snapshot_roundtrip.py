@@ -105,7 +105,7 @@ def file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 @settings(max_examples=examples(50))
 @given(data=st.data(), space=address_spaces(), blocks=st.integers(1, 3))
 def test_a_snapshot_reads_as_its_process(file: Path, data: st.DataObject, space: FakeSpace, blocks: int) -> None:
-    record(space, file, block_size=blocks * space.geometry.pmd_size, overwrite=True)
+    record(space, file, portion_size=blocks * space.geometry.pmd_size, overwrite=True)
     segments = data.draw(questions(space))
     with load(file) as snapshot:
         for name in ("geometry", "label", "kernel", "switches", "tunables", "thp_disabled", "missing"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mthp.addrspace import AddressSpace
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.ptes import Pte, PteColumns, Segment, in_blocks
+from mthp.ptes import Pte, PteColumns, Segment, in_portions
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
@@ -72,12 +72,12 @@ def test_columns_tell_which_entries_have_one_of_some_bits() -> None:
 
 
 def test_blocks_of_given_segments() -> None:
-    assert list(in_blocks([], 4)) == []
-    assert list(in_blocks([(0, 4)], 4)) == [[(0, 4)]]
-    assert list(in_blocks([(0, 10)], 4)) == [[(0, 4)], [(4, 8)], [(8, 10)]]
-    assert list(in_blocks([(0, 1), (5, 7), (9, 10)], 4)) == [[(0, 1), (5, 7), (9, 10)]]
-    assert list(in_blocks([(0, 3), (5, 7)], 4)) == [[(0, 3)], [(5, 7)]]
-    assert list(in_blocks([(3, 3), (5, 6)], 4)) == [[(5, 6)]]
+    assert list(in_portions([], 4)) == []
+    assert list(in_portions([(0, 4)], 4)) == [[(0, 4)]]
+    assert list(in_portions([(0, 10)], 4)) == [[(0, 4)], [(4, 8)], [(8, 10)]]
+    assert list(in_portions([(0, 1), (5, 7), (9, 10)], 4)) == [[(0, 1), (5, 7), (9, 10)]]
+    assert list(in_portions([(0, 3), (5, 7)], 4)) == [[(0, 3)], [(5, 7)]]
+    assert list(in_portions([(3, 3), (5, 6)], 4)) == [[(5, 6)]]
 
 
 @given(
@@ -91,7 +91,7 @@ def test_blocks_hold_all_segments_in_order_and_no_more_than_their_size(
     for gap, length in lengths:
         segments.append((place + gap, place + gap + length))
         place += gap + length
-    blocks = list(in_blocks(segments, size))
+    blocks = list(in_portions(segments, size))
     addresses = [address for block in blocks for start, end in block for address in range(start, end)]
     assert addresses == [address for start, end in segments for address in range(start, end)]
     for block in blocks:

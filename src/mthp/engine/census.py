@@ -20,10 +20,10 @@ from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
-from mthp.measuring import BLOCK_PAGES
+from mthp.measuring import PORTION_PAGES
 from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
 from mthp.progress import Progress, Reading
-from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks, in_range_blocks
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment, in_portions, in_range_portions
 from mthp.tabular import Tabular
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
@@ -205,14 +205,14 @@ def take_census(
     *,
     nodes: bool = False,
     zero_filled: bool = False,
-    block_pages: int = BLOCK_PAGES,
+    portion_pages: int = PORTION_PAGES,
 ) -> Census:
     """Count the pages of `space`.
 
     Args:
         nodes: also read on which NUMA nodes the pages of each mapping lie.
         zero_filled: also read the contents of anonymous mappings, and count the pages that contain only zeroes.
-        block_pages: most entries to read at a time, in whole PMD ranges.
+        portion_pages: most entries to read at a time, in whole PMD ranges.
 
     Raises:
         TargetVanishedError: the process exited in the meantime.
@@ -220,7 +220,7 @@ def take_census(
     """
     if zero_filled:
         abilities.zero_filled(space, space.read([]))  # Fails at once for an address space without contents.
-    vmas, totals = _listed_and_counted(space, nodes, block_pages, progress)
+    vmas, totals = _listed_and_counted(space, nodes, portion_pages, progress)
     if zero_filled:
         for index, zeroes in _zero_filled(space, vmas, progress).items():
             totals[index] = tuple(replace(pages, zero_filled=zeroes) for pages in totals[index])
@@ -240,7 +240,7 @@ def take_census(
 
 
 def _listed_and_counted(
-    space: AddressSpace, nodes: bool, block_pages: int, progress: Progress | None
+    space: AddressSpace, nodes: bool, portion_pages: int, progress: Progress | None
 ) -> tuple[Sequence[Vma], list[tuple[PageCounts, ...]]]:
     """Return the mappings, and of each the counts of all pages and of the anonymous ones."""
     # For the details of a mapping the kernel walks over all its pages, and this process only waits for that. So another
@@ -251,9 +251,9 @@ def _listed_and_counted(
         counts = _Counts(mapped, space.geometry)
         segments = space.populated(mapped, space.geometry.page_size)
         reading = Reading(progress, segments)
-        for block in in_range_blocks(segments, space.geometry, block_pages * space.geometry.page_size):
-            counts.add(space.read(block))
-            reading.has_read(block)
+        for portion in in_range_portions(segments, space.geometry, portion_pages * space.geometry.page_size):
+            counts.add(space.read(portion))
+            reading.has_read(portion)
         vmas = listing.result()
     return vmas, counts.of(vmas)
 
@@ -267,12 +267,12 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
     reading = Reading(progress, chain.from_iterable(populated.values()))
     for index, segments in populated.items():
         found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
-        for block in in_blocks(segments, CONTENTS_PAGES * page_size):
-            columns = space.read(block)
+        for portion in in_portions(segments, CONTENTS_PAGES * page_size):
+            columns = space.read(portion)
             order = columns.folio_order[resident_pages(columns) & abilities.zero_filled(space, columns)]
             column = np.where(order == ORDER_UNKNOWN, MAX_FOLIO_ORDER + 1, np.clip(order, 0, MAX_FOLIO_ORDER))
             found[index] += np.bincount(column, minlength=MAX_FOLIO_ORDER + 2)
-            reading.has_read(block)
+            reading.has_read(portion)
     return found
 
 

@@ -28,7 +28,7 @@ from mthp.tunables import Tunables
 Made = TypeVar("Made")
 T = TypeVar("T", bound=np.generic)
 
-BLOCK_PTES = 1 << 22
+PORTION_PTES = 1 << 22
 """PTEs to plan at a time: few enough that the working arrays stay in the processor's caches."""
 
 
@@ -38,10 +38,10 @@ class Plan:
     Attributes:
         policy: name of the policy.
         geometry: geometry of the machine.
-        block_ptes: PTEs to plan at a time.
+        portion_ptes: PTEs to plan at a time.
     """
 
-    block_ptes = BLOCK_PTES
+    portion_ptes = PORTION_PTES
 
     def __init__(self, policy: Policy, rules: Rules, planes: Planes) -> None:
         self.policy = policy.name
@@ -60,7 +60,7 @@ class Plan:
         arrays are as large as the planes, and writing them to memory takes longer than the walk. Each is dropped
         before the next, which then finds its memory in the cache.
         """
-        step = max(1, self.block_ptes >> self.geometry.pmd_order)
+        step = max(1, self.portion_ptes >> self.geometry.pmd_order)
         if 0 < len(self) <= step:
             return [make(slice(0, len(self)), self._only_walk)]
         blocks = (slice(start, min(start + step, len(self))) for start in range(0, len(self), step))

@@ -19,13 +19,13 @@ from mthp.engine.plan import plan_planes
 from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import (
-    BLOCK_PMD_RANGES,
     ORDERS_ENABLED,
+    PORTION_PMD_RANGES,
     Job,
     PlanOptions,
     base_rules,
-    blocks_of,
     jobs_of,
+    portions_of,
     ranges_of,
     read_parts,
     read_planes,
@@ -45,13 +45,13 @@ def plan_space(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     *,
-    block_ranges: int = BLOCK_PMD_RANGES,
+    portion_ranges: int = PORTION_PMD_RANGES,
 ) -> SpacePlan:
     """Plan the collapse of `space`.
 
     Args:
         stop: called while heat is measured; once it returns True the plan uses the heat seen until then.
-        block_ranges: most PMD ranges to read and plan at a time.
+        portion_ranges: most PMD ranges to read and plan at a time.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
@@ -65,7 +65,7 @@ def plan_space(
     jobs, refused = jobs_of(space, options, base, vmas)
     scope = Scope(options.within, options.include_file)
     meter = Meter(space, vmas, scope)
-    ranges, folios = _plan_and_measure(space, jobs, policy, options.filled, meter, progress, block_ranges)
+    ranges, folios = _plan_and_measure(space, jobs, policy, options.filled, meter, progress, portion_ranges)
     orders = tuple(sorted({order for job in jobs for order in job.rules.orders}))
     measured = meter.measured()
     eligible, refused_resident = _split(measured, vmas, refused)
@@ -98,7 +98,7 @@ def _plan_and_measure(
     filled: FilledPages | None,
     meter: Meter,
     progress: Progress | None,
-    block_ranges: int,
+    portion_ranges: int,
 ) -> tuple[Ranges, Folios]:
     """Read every entry once, for the plan and for `meter`; return the planned ranges and folios."""
     todo = [(job, space.populated(job.segments, space.geometry.pmd_size)) for job in jobs]
@@ -108,16 +108,16 @@ def _plan_and_measure(
     reading = Reading(progress, [*planned, *others])
     parts: list[tuple[Ranges, Folios]] = []
     for job, segments in todo:
-        for block in blocks_of(job, segments, space.geometry, block_ranges):
-            columns, ranges, folios = _plan_block(space, job, block, policy, filled)
+        for portion in portions_of(job, segments, space.geometry, portion_ranges):
+            columns, ranges, folios = _plan_portion(space, job, portion, policy, filled)
             parts.append((ranges, folios))
             meter.expect(folios.address, folios.order)
             meter.add(columns)
-            reading.has_read(block)
+            reading.has_read(portion)
     meter.expect(np.empty(0, np.uint64), np.empty(0, np.int8))
-    for block in meter.blocks(others):
-        meter.add(space.read(block))
-        reading.has_read(block)
+    for portion in meter.portions(others):
+        meter.add(space.read(portion))
+        reading.has_read(portion)
     ranges = Ranges.joined([part for part, _ in parts])
     folios = Folios.joined([part for _, part in parts])
     # Jobs group mappings by rules, not by address.
@@ -140,13 +140,13 @@ def _split(
     return Coverage.total(list(by_start.values())), resident
 
 
-def _plan_block(
-    space: AddressSpace, job: Job, block: list[Segment], policy: Policy, filled: FilledPages | None
+def _plan_portion(
+    space: AddressSpace, job: Job, portion: list[Segment], policy: Policy, filled: FilledPages | None
 ) -> tuple[PteColumns, Ranges, Folios]:
     """Return the entries of some PMD ranges or parts, a row for each that has a page table, and one for each folio."""
     geometry = space.geometry
-    starts = np.array([start for start, _ in block], np.uint64) if job.small else ranges_of(block, geometry)
-    columns, planes = read_parts(space, job, block) if job.small else read_planes(space, job, starts)
+    starts = np.array([start for start, _ in portion], np.uint64) if job.small else ranges_of(portion, geometry)
+    columns, planes = read_parts(space, job, portion) if job.small else read_planes(space, job, starts)
     address = starts // np.uint64(geometry.pmd_size) * np.uint64(geometry.pmd_size)
     if filled is not None and (bits := filled.of(address)) is not None:
         # A page that was unmapped since is not filled any more.
@@ -175,13 +175,13 @@ def plan_parts(space: AddressSpace, options: PlanOptions) -> Folios:
     options = replace(options, small=True)
     policy, base = policy_named(options.policy), base_rules(space, options)
     jobs, _ = jobs_of(space, options, base)
-    blocks = (
-        (job, block)
+    portions = (
+        (job, portion)
         for job in jobs
         if job.small
-        for block in blocks_of(job, space.populated(job.segments, space.geometry.pmd_size), space.geometry)
+        for portion in portions_of(job, space.populated(job.segments, space.geometry.pmd_size), space.geometry)
     )
-    folios = Folios.joined([_plan_block(space, job, block, policy, options.filled)[2] for job, block in blocks])
+    folios = Folios.joined([_plan_portion(space, job, portion, policy, options.filled)[2] for job, portion in portions])
     return folios[np.argsort(folios.address)]
 
 
@@ -196,7 +196,7 @@ def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpaceP
     geometry = space.geometry
     size = geometry.size_of(geometry.check_order(order))
     addresses = range(-(-start // size) * size, end // size * size, size)
-    at_a_time = max(1, BLOCK_PMD_RANGES * geometry.pmd_size // size)
+    at_a_time = max(1, PORTION_PMD_RANGES * geometry.pmd_size // size)
     parts = []
     for first in range(0, len(addresses), at_a_time):
         chosen = addresses[first : first + at_a_time]

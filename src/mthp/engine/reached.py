@@ -22,9 +22,9 @@ from mthp.engine.trim import TrimOptions, TrimPlan, plan_trim
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.means import Means
-from mthp.measuring import BLOCK_PAGES, measure
+from mthp.measuring import PORTION_PAGES, measure
 from mthp.metrics import Coverage, anonymous_pages, page_numbers
-from mthp.ptes import Pte, in_range_blocks
+from mthp.ptes import Pte, in_range_portions
 from mthp.trimming import given_back, in_use
 from mthp.units import format_size
 
@@ -280,8 +280,8 @@ def _frames(space: AddressSpace, work: _Work) -> Freed:
     frames, at = [np.empty(0, np.int64)], [np.empty(0, np.intp)]
     if pages.sum() > MOST_FRAMES:
         segments = []
-    for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
-        columns = space.read(block)
+    for portion in in_range_portions(segments, space.geometry, PORTION_PAGES * page_size):
+        columns = space.read(portion)
         if columns.pfn is None:
             break
         own = anonymous_pages(columns) & ~columns.has(Pte.SHARED) & (columns.pfn > 0)

@@ -19,11 +19,11 @@ from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.movechecks import refuse_vma
-from mthp.ptes import ORDER_NONE, PteColumns, Segment, in_blocks, page_numbers, spread
+from mthp.ptes import ORDER_NONE, PteColumns, Segment, in_portions, page_numbers, spread
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 
-BLOCK_PMD_RANGES = 128
+PORTION_PMD_RANGES = 128
 """PMD ranges to read and plan at a time: 65 536 PTEs on x86-64."""
 
 ORDERS_ENABLED = "enabled"
@@ -209,12 +209,12 @@ def _aligned_blocks(part: Segment, geometry: Geometry) -> Iterator[Segment]:
         at += 1 << order
 
 
-def blocks_of(
-    job: Job, segments: Sequence[Segment], geometry: Geometry, most: int = BLOCK_PMD_RANGES
+def portions_of(
+    job: Job, segments: Sequence[Segment], geometry: Geometry, most: int = PORTION_PMD_RANGES
 ) -> Iterator[list[Segment]]:
     """Group segments of a job, and cut whole PMD ranges, so that a group has at most `most` ranges."""
     if not job.small:
-        yield from in_blocks(segments, most * geometry.pmd_size)
+        yield from in_portions(segments, most * geometry.pmd_size)
         return
     for first in range(0, len(segments), most):
         yield list(segments[first : first + most])

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.engine.lasting import Remade, remade
-from mthp.engine.select import BLOCK_PMD_RANGES
+from mthp.engine.select import PORTION_PMD_RANGES
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.measuring import out_of_reach_bytes
 from mthp.metrics import Durations, anonymous_pages, page_numbers
 from mthp.pacing import ByteBudget
-from mthp.ptes import Block, PteColumns, Segment, in_range_blocks
+from mthp.ptes import Block, PteColumns, Segment, in_range_portions
 from mthp.results import ScanResult
 from mthp.tabular import Tabular
 from mthp.trimming import TrimBy, Trimming, TrimOutcome, given_back
@@ -197,7 +197,7 @@ def plan_trim(
     """Find the folios with a share of zeroes that is large enough.
 
     Args:
-        stop: called before every block; once it returns True nothing more is read.
+        stop: called before every portion; once it returns True nothing more is read.
 
     Raises:
         UnsupportedError: the contents or the frames of `space` cannot be read.
@@ -211,17 +211,17 @@ def plan_trim(
     by = options.by or next(iter(ways), None)
     found: list[tuple[int, Block, NDArray[np.bool_]]] = []
     interrupted = False
-    for block in in_range_blocks(segments, geometry, BLOCK_PMD_RANGES * geometry.pmd_size):
+    for portion in in_range_portions(segments, geometry, PORTION_PMD_RANGES * geometry.pmd_size):
         if interrupted := stop():
             break
-        columns = space.read(block)
+        columns = space.read(portion)
         folios = _whole_folios(columns, geometry)
         scanned += len(folios)
         for folio, zero in _with_zeroes(space, columns, folios, options.zero):
             # Where nothing can be trimmed, report what MADV_COLD would give back.
             if gain := int(given_back(zero, by or "cold", size).sum()):
                 found.append((gain, folio, zero))
-        done += sum(end - start for start, end in block)
+        done += sum(end - start for start, end in portion)
         if progress is not None:
             progress(done, total, "contents")
     # The largest gain first, then by ascending address.

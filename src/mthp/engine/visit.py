@@ -25,7 +25,7 @@ from mthp.engine.filled import FilledPages
 from mthp.engine.listing import Area, Listing, list_areas
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
-from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, read_planes
+from mthp.engine.select import PORTION_PMD_RANGES, Job, PlanOptions, base_rules, read_planes
 from mthp.engine.visited import NextRanges, Passage, RestClock, WallClock, folio_pages
 from mthp.engine.walk import Walk
 from mthp.errors import UsageError
@@ -168,7 +168,7 @@ class Visit:
             return Passage(stretch[0] + size, 1, np.zeros(0, np.uint64), np.zeros(0, np.int8), ScanResult.VMA_NULL)
         # Enough ranges to spend the budget if each costs all its entries.
         needed = -(-budget // n)
-        end = min(stretch[1], area.end, stretch[0] + min(BLOCK_PMD_RANGES, max(needed, self._ahead)) * size)
+        end = min(stretch[1], area.end, stretch[0] + min(PORTION_PMD_RANGES, max(needed, self._ahead)) * size)
         addresses = np.arange(stretch[0], end, size, dtype=np.uint64)
         chosen = addresses if self.choose is None else addresses[self.choose(self.space, addresses)]
         progress = np.ones(len(addresses), np.int64)
@@ -179,7 +179,7 @@ class Visit:
         through = int(np.searchsorted(np.cumsum(progress), budget)) + 1
         end = int(addresses[min(through, len(addresses)) - 1]) + size
         # Ranges that cost next to nothing are read in larger and larger blocks until the budget is near.
-        self._ahead = min(BLOCK_PMD_RANGES, 2 * len(addresses)) if progress.sum() < budget else 0
+        self._ahead = min(PORTION_PMD_RANGES, 2 * len(addresses)) if progress.sum() < budget else 0
         scanned, count = int(progress[:through].sum()), int(np.searchsorted(chosen, end))
         if block is None or not count:
             return Passage(end, scanned, chosen[:0], np.zeros(0, np.int8), ScanResult.FAIL)

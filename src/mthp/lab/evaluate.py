@@ -29,13 +29,13 @@ from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
 from mthp.lab.scans import MAX_SCANS, Counts, RangeState, history, scan_at
 from mthp.progress import Progress, Reading
-from mthp.ptes import Segment, in_blocks
+from mthp.ptes import Segment, in_portions
 from mthp.sim.clock import Costs
 from mthp.trimming import TrimBy, Trimming
 from mthp.vma import Vma
 
-BLOCK_RANGES = 512
-"""PMD ranges per read: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
+PORTION_RANGES = 512
+"""PMD ranges per read: 256 Ki PTEs on x86-64, so that all planes of a portion stay in the processor's caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def evaluate(
     contents: bool = False,
     heat: Heat | None = None,
     progress: Progress | None = None,
-    block_ranges: int = BLOCK_RANGES,
+    portion_ranges: int = PORTION_RANGES,
 ) -> list[Evaluation]:
     """Take the memory of `space` through scans under each of some settings.
 
@@ -151,7 +151,7 @@ def evaluate(
         scans: number of scans; None for as many as it takes until nothing changes.
         contents: also read the contents, to find pages of zeroes that the program wrote itself.
         heat: which memory is used, for the part of the accesses that go to memory that PMD entries map.
-        block_ranges: PMD ranges to read at a time.
+        portion_ranges: PMD ranges to read at a time.
 
     Returns:
         One outcome per setting. All have the same number of scans.
@@ -168,15 +168,15 @@ def evaluate(
     todo = _reads(space, courses)
     reading = Reading(progress, [segment for _, _, segments in todo for segment in segments])
     for members, index, segments in todo:
-        # PMD ranges do not depend on each other. So each block is read once, and taken through all settings and scans
-        # before the next is read: memory use depends on the size of a block, not of the target.
-        for block in in_blocks(segments, block_ranges * space.geometry.pmd_size):
-            address = ranges_of(block, space.geometry)
+        # PMD ranges do not depend on each other. So each portion is read once, and taken through all settings and scans
+        # before the next is read: memory use depends on the size of a portion, not of the target.
+        for portion in in_portions(segments, portion_ranges * space.geometry.pmd_size):
+            address = ranges_of(portion, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
             state = _read(space, members[0].jobs[index], address, contents, heat)
             for course in members:
                 course.add(state, course.jobs[index].rules)
-            reading.has_read(block)
+            reading.has_read(portion)
     longest = max((len(course.scans) for course in courses), default=0)
     heated = heat is not None and heat.spans > 0
     # A setting that settled earlier repeats its last state, so that all tables have the same rows.
@@ -229,11 +229,11 @@ class _Course:
         return cls(options, Maker.named(options.policy), base, jobs, limit, [Counts()])
 
     def add(self, state: RangeState, rules: Rules) -> None:
-        """Take one more block through all scans."""
-        block = history(state, self.maker, rules, self.limit)
-        # After its last scan a block does not change, and neither does the sum.
-        length = max(len(self.scans), len(block))
-        self.scans = [scan_at(self.scans, index) + scan_at(block, index) for index in range(length)]
+        """Take one more portion through all scans."""
+        portion = history(state, self.maker, rules, self.limit)
+        # After its last scan a portion does not change, and neither does the sum.
+        length = max(len(self.scans), len(portion))
+        self.scans = [scan_at(self.scans, index) + scan_at(portion, index) for index in range(length)]
 
     def outcome(self, length: int, *, heated: bool) -> Evaluation:
         scans = tuple(scan_at(self.scans, index) for index in range(length))

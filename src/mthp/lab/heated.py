@@ -6,9 +6,9 @@ import numpy as np
 
 from mthp.abilities import Accesses, accesses
 from mthp.addrspace import AddressSpace
-from mthp.engine.select import BLOCK_PMD_RANGES
+from mthp.engine.select import PORTION_PMD_RANGES
 from mthp.heat import Heat
-from mthp.ptes import Pte, in_blocks
+from mthp.ptes import Pte, in_portions
 
 DRAWN = 1 << 19
 """Number of accesses drawn: each page of a gigabyte twice."""
@@ -39,9 +39,9 @@ def drawn_by(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
     pages = (address // np.uint64(page)).astype(np.int64)
     ranges = np.unique(pages * page // size) * size
     there = np.zeros(DRAWN, np.bool_)
-    for block in in_blocks([(start, start + size) for start in ranges.tolist()], BLOCK_PMD_RANGES * size):
-        columns = space.read(block)
-        numbers = np.concatenate([np.arange(start // page, end // page) for start, end in block])
+    for portion in in_portions([(start, start + size) for start in ranges.tolist()], PORTION_PMD_RANGES * size):
+        columns = space.read(portion)
+        numbers = np.concatenate([np.arange(start // page, end // page) for start, end in portion])
         # Spans of heat have holes, and a program does not access pages that are not present.
         present = numbers[columns.has(Pte.PRESENT)]
         there |= np.isin(pages, present)

@@ -16,11 +16,11 @@ from mthp.abilities import Accesses
 from mthp.addrspace import AddressSpace
 from mthp.engine.planes import Planes
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
-from mthp.lab.evaluate import BLOCK_RANGES
+from mthp.lab.evaluate import PORTION_RANGES
 from mthp.lab.makers import Maker
 from mthp.lab.scans import MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
-from mthp.ptes import in_blocks
+from mthp.ptes import in_portions
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
     parts: list[MappedFolios] = []
     granule = space.geometry.pmd_size
     for job in jobs:
-        for block in in_blocks(space.populated(job.segments, granule), BLOCK_RANGES * granule):
-            address = ranges_of(block, space.geometry)
+        for portion in in_portions(space.populated(job.segments, granule), PORTION_RANGES * granule):
+            address = ranges_of(portion, space.geometry)
             _, planes = read_planes(space, job, address)
             planes = settled(planes, maker, job.rules, MAX_SCANS if scans is None else scans)
             parts.append(_large(address // np.uint64(space.geometry.page_size), planes))

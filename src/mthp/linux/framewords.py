@@ -18,7 +18,7 @@ from mthp.linux import abi
 
 KPAGECOUNT = "/proc/kpagecount"
 
-BLOCK_FRAMES = 1 << 18
+PORTION_FRAMES = 1 << 18
 """Frames that are looked up at a time, to bound the memory for it."""
 
 SECONDS_PER_CALL = 1.1e-6
@@ -71,9 +71,9 @@ class FrameWords(Closing):
         """Return the words of `pfns`: uint64, shape (frames,)."""
         frames = pfns.view(np.int64)
         words = np.empty(len(frames), np.uint64)
-        for at in range(0, len(frames), BLOCK_FRAMES):
-            block = slice(at, at + BLOCK_FRAMES)
-            self._read_words(frames[block], words[block])
+        for at in range(0, len(frames), PORTION_FRAMES):
+            portion = slice(at, at + PORTION_FRAMES)
+            self._read_words(frames[portion], words[portion])
         return words
 
     def words_at(self, pfns: Words) -> Words:
@@ -86,19 +86,19 @@ class FrameWords(Closing):
         return int.from_bytes(text, sys.byteorder) if text else abi.KPF_NOPAGE
 
     def _read_words(self, frames: Frames, words: Words) -> None:
-        """Fill in the bare `words` of `frames`, at most `BLOCK_FRAMES`."""
+        """Fill in the bare `words` of `frames`, at most `PORTION_FRAMES`."""
         if not len(frames):
             return
         # Each frame with its index in the low bits, because sorting these takes less than half the time of np.argsort.
         # They fit: a frame number has at most 40 bits, as physical addresses have at most 52 (x86-64, arm64 with LPA).
-        bits = BLOCK_FRAMES.bit_length() - 1
+        bits = PORTION_FRAMES.bit_length() - 1
         place = frames << bits
         place |= np.arange(len(frames))
         place.sort()
-        index = place & BLOCK_FRAMES - 1
+        index = place & PORTION_FRAMES - 1
         place >>= bits
         # A gap of fewer words is read along, in less time than another call takes.
-        firsts = np.flatnonzero(np.diff(place, prepend=-BLOCK_FRAMES) > _WORDS_A_CALL + 1)
+        firsts = np.flatnonzero(np.diff(place, prepend=-PORTION_FRAMES) > _WORDS_A_CALL + 1)
         starts, ends = place[firsts], place[np.append(firsts[1:], len(place)) - 1] + 1
         buffer = self._load(starts, ends - starts)
         # Move from each range's position in the file to its position in the buffer.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux import abi
-from mthp.linux.framewords import BLOCK_FRAMES, SECONDS_PER_CALL, SECONDS_PER_WORD, Frames, FrameWords, Words
+from mthp.linux.framewords import PORTION_FRAMES, SECONDS_PER_CALL, SECONDS_PER_WORD, Frames, FrameWords, Words
 from mthp.ptes import ORDER_UNKNOWN, Pte
 
 KPAGEFLAGS = "/proc/kpageflags"
@@ -114,13 +114,13 @@ class FolioReader(FrameWords):
         frames = pfns.view(np.int64)
         flags = np.empty(len(frames), np.uint64)
         orders = np.empty(len(frames), np.int8)
-        for at in range(0, len(frames), BLOCK_FRAMES):
-            block = slice(at, at + BLOCK_FRAMES)
+        for at in range(0, len(frames), PORTION_FRAMES):
+            portion = slice(at, at + PORTION_FRAMES)
             # Chunks serve to measure folios, and most memory has only base pages, which need none.
-            if self._shows_folios(frames[block]):
-                self._read(frames[block], self._shifts, flags[block], orders[block])
+            if self._shows_folios(frames[portion]):
+                self._read(frames[portion], self._shifts, flags[portion], orders[portion])
             else:
-                self._read_small(frames[block], flags[block], orders[block])
+                self._read_small(frames[portion], flags[portion], orders[portion])
         return flags, orders
 
     def folio_of(self, pfn: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mthp.freememory import FREE, MOVES, STAYS, UNKNOWN, FreeMemory, MemoryBlocks, parse_closed_blocks
 from mthp.linux import abi
-from mthp.linux.framewords import BLOCK_FRAMES, FrameWords
+from mthp.linux.framewords import PORTION_FRAMES, FrameWords
 from mthp.linux.kpageflags import KPAGEFLAGS
 
 MOST_FRAMES = 1 << 22
@@ -61,7 +61,7 @@ class MemoryBlockReader(FrameWords):
         # A block that two zones share is counted once.
         numbers, first = np.unique(np.concatenate([*ranges, np.empty(0, np.int64)]), return_index=True)
         zone = np.repeat(np.arange(len(spans)), [len(numbers) for numbers in ranges])[first].astype(np.int8)
-        step = max(1, BLOCK_FRAMES >> order)
+        step = max(1, PORTION_FRAMES >> order)
         pieces = [self._kinds(numbers[at : at + step]) for at in range(0, len(numbers), step)]
         pages = np.concatenate([np.empty((0, 1 << order), np.int8), *pieces])
         return MemoryBlocks(order, numbers, zone, pages, self._closed(zone, pages, weight), weight)

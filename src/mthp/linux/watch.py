@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.abilities import READ_BLOCK
+from mthp.abilities import READ_PORTION
 from mthp.geometry import Geometry
 from mthp.linux.pagecolumns import ColumnReader, RangePieces, range_pieces
 from mthp.linux.pagemap import Pagemap
-from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks
+from mthp.ptes import Pte, PteColumns, Segment, in_range_portions
 
 ROUNDS = 16
 """Reads of the process within which every range is read fully at least once."""
@@ -37,32 +37,32 @@ class LiveWatch:
         # A random number for each place in the range, so that words that trade places change the sum; odd, so that no
         # bit of a word is lost in the product.
         factors = np.random.default_rng().integers(0, 1 << 63, n, np.uint64) << np.uint64(1) | np.uint64(1)
-        # As long as a block and a range, so that the factors from any place on are a slice.
-        self._factors = np.tile(factors, READ_BLOCK // geometry.pmd_size + 2)
+        # As long as a portion and a range, so that the factors from any place on are a slice.
+        self._factors = np.tile(factors, READ_PORTION // geometry.pmd_size + 2)
         self._round = 0
         self._seen = _Seen.nothing()
 
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
         """Yield entries as :meth:`mthp.abilities.Watch.look` does."""
         seen: list[_Seen] = []
-        for block in in_range_blocks(segments, self._geometry, READ_BLOCK):
-            now = self._sums(block)
+        for portion in in_range_portions(segments, self._geometry, READ_PORTION):
+            now = self._sums(portion)
             changed = self._changed(now)
             if changed.any():
-                columns = self._columns.read(self._parts(now.ranges[changed], block))
+                columns = self._columns.read(self._parts(now.ranges[changed], portion))
                 now = now.with_huge(now.ranges[changed], self._huge_ranges(columns))
                 yield columns
             seen.append(now)
         self._seen = _Seen.joined(seen)
         self._round += 1
 
-    def _sums(self, block: Sequence[Segment]) -> _Seen:
-        """Return the PMD ranges of `block`, each with the sum of its words, and huge if it was so before."""
-        words = self._pagemap.read(block)
-        pieces = range_pieces(block, self._geometry)
+    def _sums(self, portion: Sequence[Segment]) -> _Seen:
+        """Return the PMD ranges of `portion`, each with the sum of its words, and huge if it was so before."""
+        words = self._pagemap.read(portion)
+        pieces = range_pieces(portion, self._geometry)
         n = self._geometry.ptes_per_pmd
         at = 0
-        for start, end in block:
+        for start, end in portion:
             first, count = start // self._geometry.page_size % n, (end - start) // self._geometry.page_size
             # A word of none is 0 with any factor.
             words[at : at + count] *= self._factors[first : first + count]
@@ -89,16 +89,16 @@ class LiveWatch:
             changed[unsure] = ~self._columns.are_huge(pieces)
         return changed
 
-    def _parts(self, ranges: _Numbers, block: Sequence[Segment]) -> list[Segment]:
-        """Return the parts of `block` that lie in `ranges`."""
+    def _parts(self, ranges: _Numbers, portion: Sequence[Segment]) -> list[Segment]:
+        """Return the parts of `portion` that lie in `ranges`."""
         size = self._geometry.pmd_size
         breaks = np.flatnonzero(np.diff(ranges) != 1) + 1
         firsts, lasts = ranges[np.r_[0, breaks]], ranges[np.r_[breaks - 1, len(ranges) - 1]] + 1
-        starts = np.array([start // size for start, _ in block], np.int64)
+        starts = np.array([start // size for start, _ in portion], np.int64)
         parts: list[Segment] = []
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             begin = max(0, int(np.searchsorted(starts, first)) - 1)
-            for start, end in block[begin:]:
+            for start, end in portion[begin:]:
                 if start >= last * size:
                     break
                 if end > first * size:

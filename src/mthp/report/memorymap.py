@@ -22,7 +22,7 @@ from mthp.engine.census import Census, VmaCensus, take_census
 from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry
 from mthp.progress import Progress, Reading
-from mthp.ptes import Segment, bytes_in, in_blocks, union
+from mthp.ptes import Segment, bytes_in, in_portions, union
 from mthp.report.kinds import Kinds
 from mthp.units import format_size
 from mthp.vma import Vma
@@ -42,7 +42,7 @@ MAX_STRIPS = 24
 MIN_SHARE = 0.01
 """Share of all memory that a mapping must hold to be drawn; the largest mapping always is."""
 
-BLOCK_BYTES = 1 << 30
+PORTION_BYTES = 1 << 30
 """Bytes of addresses read at a time."""
 
 _GAP = 2
@@ -183,13 +183,13 @@ def shares(
     folios: Folios | None = None,
     progress: Progress | None = None,
     *,
-    block_bytes: int = BLOCK_BYTES,
+    portion_bytes: int = PORTION_BYTES,
 ) -> Shares:
     """Read `parts` of `space` and return their pages by column and kind.
 
     Args:
         folios: count as if these had been made; pages that they fill are of the kind "added".
-        block_bytes: bytes of addresses to read at a time.
+        portion_bytes: bytes of addresses to read at a time.
 
     Raises:
         TargetVanishedError: the process exited meanwhile.
@@ -200,14 +200,14 @@ def shares(
     for part in parts:
         counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
         offset = 0
-        for block in in_blocks(part.segments, block_bytes):
-            kind = kinds.numbers(space.read(block))
+        for portion in in_portions(part.segments, portion_bytes):
+            kind = kinds.numbers(space.read(portion))
             if folios is not None:
-                _lay(kind, block, folios, kinds, page_size)
+                _lay(kind, portion, folios, kinds, page_size)
             # Reduced at once, so memory use does not depend on the size of the process.
             _count(counts, kind, offset, column_bytes // page_size)
             offset += len(kind)
-            reading.has_read(block)
+            reading.has_read(portion)
         counted.append(counts)
     return counted
 

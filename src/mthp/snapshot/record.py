@@ -16,13 +16,13 @@ from mthp.errors import UsageError
 from mthp.files import creating
 from mthp.heat import Heat
 from mthp.progress import Progress
-from mthp.ptes import Segment, at_pmd_ranges, in_blocks, page_numbers
+from mthp.ptes import Segment, at_pmd_ranges, in_portions, page_numbers
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.formats import check_new, run_writer
 from mthp.snapshot.runs import RunTable, encode
 from mthp.vma import Vma, VmaKind
 
-BLOCK_SIZE = 256 << 20
+PORTION_SIZE = 256 << 20
 """Bytes of address space read at a time: 65 536 entries of 4 KiB."""
 
 
@@ -30,7 +30,7 @@ def record(
     space: AddressSpace,
     path: str | os.PathLike[str],
     *,
-    block_size: int = BLOCK_SIZE,
+    portion_size: int = PORTION_SIZE,
     progress: Progress = lambda done, total: None,
     overwrite: bool = False,
     heat: Heat | None = None,
@@ -40,22 +40,22 @@ def record(
     Mappings of drivers and of the kernel itself are listed, but their entries are not read.
 
     Args:
-        block_size: bytes of address space read at a time, rounded up to whole PMD ranges.
+        portion_size: bytes of address space read at a time, rounded up to whole PMD ranges.
         overwrite: replace a regular file or a symbolic link of that name.
         heat: memory that `space` uses, stored with it.
 
     Raises:
-        UsageError: `path` exists, is not a regular file, or cannot be created; `block_size` is not positive.
+        UsageError: `path` exists, is not a regular file, or cannot be created; `portion_size` is not positive.
         MthpError: the file cannot be completed, for example on a full disk. No file is left.
         TargetVanishedError: the process exited. No file is left.
     """
-    if block_size < 1:
-        raise UsageError(f"block size {block_size} is not positive")
+    if portion_size < 1:
+        raise UsageError(f"portion size {portion_size} is not positive")
     check_new(path, overwrite=overwrite)
     description = describe(space, with_nodes(space, space.vmas()), heat)
     with creating(path, overwrite=overwrite) as file:
         with run_writer(file, path, space.geometry.page_size) as writer:
-            for runs in _runs(space, description.vmas, block_size, progress):
+            for runs in _runs(space, description.vmas, portion_size, progress):
                 writer.add(runs)
             description = writer.finish(description)
         size = file.tell()
@@ -84,17 +84,17 @@ def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None)
     )
 
 
-def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: Progress) -> Iterator[RunTable]:
-    """Yield the runs of all readable mappings, block by block."""
+def _runs(space: AddressSpace, vmas: Sequence[Vma], portion_size: int, progress: Progress) -> Iterator[RunTable]:
+    """Yield the runs of all readable mappings, portion by portion."""
     geometry = space.geometry
-    block_size = -(-block_size // geometry.pmd_size) * geometry.pmd_size
+    portion_size = -(-portion_size // geometry.pmd_size) * geometry.pmd_size
     vma_first = page_numbers([(vma.start, vma.end) for vma in vmas], geometry.page_size)[:, 0]
     total = sum(vma.size for vma in vmas)
-    # At the end of a block, all mappings below it are done.
+    # At the end of a portion, all mappings below it are done.
     below, index = 0, 0
-    for block in in_blocks(_segments(space, vmas), block_size):
-        yield encode(space.read(block), vma_first, geometry.page_size)
-        end = block[-1][1]
+    for portion in in_portions(_segments(space, vmas), portion_size):
+        yield encode(space.read(portion), vma_first, geometry.page_size)
+        end = portion[-1][1]
         while index < len(vmas) and vmas[index].end <= end:
             below += vmas[index].size
             index += 1
@@ -111,5 +111,5 @@ def _segments(space: AddressSpace, vmas: Sequence[Vma]) -> Iterator[Segment]:
         if vma.kind is not VmaKind.SPECIAL:
             for segment in space.populated([(vma.start, vma.end)], geometry.pmd_size):
                 # Blocks are cut at multiples of their size from a segment's start: so no segment begins inside a PMD
-                # range and goes beyond it, and no block cuts a range and its folios.
+                # range and goes beyond it, and no portion cuts a range and its folios.
                 yield from at_pmd_ranges([segment], geometry)

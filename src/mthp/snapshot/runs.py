@@ -94,7 +94,7 @@ def joined(runs: RunTable) -> RunTable:
     """Return `runs` with neighbours of the same mapping, state and order joined."""
     if not len(runs):
         return runs
-    # Neighbours in different blocks may continue each other, and must not depend on the block size.
+    # Neighbours in different portions may continue each other, and must not depend on their size.
     heads = np.ones(len(runs), np.bool_)
     heads[1:] = runs.first[1:] != runs.end[:-1]
     for column in (runs.vma, runs.state, runs.folio_order):

@@ -92,25 +92,25 @@ run_lists = st.lists(
 
 @settings(max_examples=examples(150))
 @given(st.lists(st.tuples(run_lists, st.integers(0, 2)), max_size=5), st.integers(1, 70))
-def test_counts_are_those_of_a_loop_over_pages(layout: list[tuple[list[Run], int]], block_pages: int) -> None:
+def test_counts_are_those_of_a_loop_over_pages(layout: list[tuple[list[Run], int]], portion_pages: int) -> None:
     mappings, address = [], HEAP
     for runs, gap in layout:
         address += gap * PAGE
         mappings.append(mapping(address, *runs))
         address = mappings[-1][0].end
-    counted = take_census(FakeSpace(mappings), block_pages=block_pages)
+    counted = take_census(FakeSpace(mappings), portion_pages=portion_pages)
     assert [vma.vma for vma in counted.vmas] == [vma for vma, _, _ in mappings]
     for vma, (runs, _) in zip(counted.vmas, layout, strict=True):
         assert Plain.of(runs).equals(vma.pages), vma
     assert Plain.of([run for runs, _ in layout for run in runs]).equals(counted.total)
 
 
-@pytest.mark.parametrize("block_pages", [1, 3, 512, 513, 1 << 16])
-def test_where_blocks_end_does_not_matter(block_pages: int) -> None:
+@pytest.mark.parametrize("portion_pages", [1, 3, 512, 513, 1 << 16])
+def test_where_portions_end_does_not_matter(portion_pages: int) -> None:
     runs: tuple[Run, ...] = ((5, Pte.PRESENT, 0), (512, Pte.PRESENT | Pte.PMD_MAPPED, 9), (7, Pte.SWAP, ORDER_NONE))
     # Neighbours, of which one ends as the other begins.
     first, second = mapping(HEAP, *runs), mapping(HEAP + 524 * PAGE, *reversed(runs))
-    counted = take_census(FakeSpace([first, second]), block_pages=block_pages)
+    counted = take_census(FakeSpace([first, second]), portion_pages=portion_pages)
     for vma in counted.vmas:
         assert vma.pages.by_order() == {0: 5, 9: 512}
         assert vma.pages.state("swap") == 7
@@ -208,7 +208,7 @@ def test_other_geometries(geometry: Geometry) -> None:
     n = geometry.ptes_per_pmd
     huge: Run = (n, Pte.PRESENT | Pte.PMD_MAPPED, geometry.pmd_order)
     space = FakeSpace([mapping(HEAP, huge, (3, Pte.PRESENT, 0), page_size=geometry.page_size)], geometry=geometry)
-    counted = take_census(space, block_pages=n - 1)
+    counted = take_census(space, portion_pages=n - 1)
     assert counted.total.by_order() == {0: 3, geometry.pmd_order: n}
     assert counted.total.coverage.share(geometry.pmd_order) == n / (n + 3)
     assert counted.vmas[0].madvise.orders == geometry.anon_orders
@@ -217,7 +217,7 @@ def test_other_geometries(geometry: Geometry) -> None:
 def test_progress_ends_at_the_sum() -> None:
     told: list[tuple[int, int]] = []
     space = FakeSpace([mapping(HEAP, (100, Pte.PRESENT, 0)), mapping(HEAP + PMD, (60, Pte.PRESENT, 0))])
-    take_census(space, lambda done, total: told.append((done, total)), block_pages=64)
+    take_census(space, lambda done, total: told.append((done, total)), portion_pages=64)
     assert told == sorted(told)
     assert len(told) >= 2
     assert told[-1] == (160 * PAGE, 160 * PAGE)

@@ -98,7 +98,7 @@ def test_blocks_make_no_difference(policy: str) -> None:
     flags = np.arange(23) % 3 == 0
     whole = mthp.plan_ranges(present, policy=policy, uffd_armed=flags, pmd_mapped=~flags)
     parts = mthp.plan_ranges(present, policy=policy, uffd_armed=flags, pmd_mapped=~flags)
-    parts.block_ptes = 64 * 5
+    parts.portion_ptes = 64 * 5
     for name in ("orders", "scan_result", "copied", "filled"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name))
     for name in ("range", "offset", "order", "result"):

@@ -174,7 +174,7 @@ def plan_choices(draw: st.DrawFn, geometry: Geometry) -> dict[str, Any]:
 def test_a_plan_is_that_of_each_mapping_alone(data: st.DataObject) -> None:
     space = data.draw(layouts())
     options = data.draw(plan_choices(space.geometry))
-    plan = plan_space(space, PlanOptions(**options), block_ranges=data.draw(st.sampled_from([1, 2, 3, 128])))
+    plan = plan_space(space, PlanOptions(**options), portion_ranges=data.draw(st.sampled_from([1, 2, 3, 128])))
     made: list[tuple[int, int, int]] = []
     rows: list[tuple[int, ...]] = []
     refused = []
@@ -394,7 +394,7 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
             return super().read(segments)
 
     space = Measured([filled(anon(0, 5, PPC), PPC), filled(anon(9, 4, PPC), PPC)], geometry=PPC)
-    plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)), block_ranges=2)
+    plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)), portion_ranges=2)
     assert max(read) == 2 * PPC.pmd_size
     # The planned state is measured at the same time.
     assert sum(read) == 9 * PPC.pmd_size

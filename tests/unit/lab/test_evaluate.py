@@ -129,7 +129,7 @@ def test_blocks_are_added_up_whatever_the_scans_that_each_takes() -> None:
     creeping = [(10, P, 0), (6, 0, ORDER_NONE)] * 16 + [(256, 0, ORDER_NONE)]
     space = space_of((512, P, 0), *creeping, (512, P, 0), *creeping)
     setting = PlanOptions(policy="per-order", max_ptes_none=256)
-    [apart] = evaluate(space, [setting], scans=None, block_ranges=1)
+    [apart] = evaluate(space, [setting], scans=None, portion_ranges=1)
     assert apart.rows() == rows_of(space, "per-order", 256)
 
 

@@ -46,17 +46,17 @@ def space_of(orders: list[int], start: int = START) -> FakeSpace:
 @given(
     orders=st.lists(st.sampled_from([ORDER_NONE, 0, 2, 9]), min_size=1, max_size=2000),
     unaligned=st.integers(0, 511),
-    block_pages=st.integers(50, 700),
+    portion_pages=st.integers(50, 700),
     per_column=st.sampled_from([1, 2, 8, 64, 1024]),
 )
 def test_every_page_is_counted_in_its_column(
-    orders: list[int], unaligned: int, block_pages: int, per_column: int
+    orders: list[int], unaligned: int, portion_pages: int, per_column: int
 ) -> None:
     space = space_of(orders, START + unaligned * PAGE)
     kinds = Kinds(X86_64)
     vma = space.vmas()[0]
     part = Stretch(vma, ((vma.start, vma.end),))
-    (counts,) = shares(space, [part], per_column * PAGE, block_bytes=block_pages * PAGE)
+    (counts,) = shares(space, [part], per_column * PAGE, portion_bytes=portion_pages * PAGE)
     expected = np.zeros((-(-len(orders) // per_column), len(kinds)), np.int64)
     for page, order in enumerate(orders):
         if order != ORDER_NONE:
@@ -68,10 +68,10 @@ def test_every_page_is_counted_in_its_column(
     runs=st.lists(st.tuples(st.integers(0, 400), st.integers(2, 9)), max_size=20),
     present=st.integers(0, 2**32 - 1),
     unaligned=st.integers(0, 511),
-    block_pages=st.integers(100, 900),
+    portion_pages=st.integers(100, 900),
 )
 def test_folios_are_laid_over_the_pages_wherever_blocks_are_cut(
-    runs: list[tuple[int, int]], present: int, unaligned: int, block_pages: int
+    runs: list[tuple[int, int]], present: int, unaligned: int, portion_pages: int
 ) -> None:
     pages = 2000
     there = np.random.default_rng(present).random(pages) < 0.5
@@ -91,7 +91,7 @@ def test_folios_are_laid_over_the_pages_wherever_blocks_are_cut(
     folios = Folios(np.array(address, np.uint64), np.array(order, np.int8), np.zeros(len(order), np.int32))
     vma = space.vmas()[0]
     part = Stretch(vma, ((vma.start, vma.end),))
-    (counts,) = shares(space, [part], PAGE, folios, block_bytes=block_pages * PAGE)
+    (counts,) = shares(space, [part], PAGE, folios, portion_bytes=portion_pages * PAGE)
     drawn = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
     assert (drawn == expected).all()
 

@@ -127,10 +127,10 @@ def test_neighbouring_mappings_with_equal_pages_are_two_rows(parquet: Path) -> N
     assert rows(parquet) == [(0, HEAP, 2, PRESENT, 0), (1, HEAP + 2 * PAGE, 2, PRESENT, 0)]
 
 
-@pytest.mark.parametrize("block_size", [1, PMD, 2 * PMD, 1 << 30])
-def test_rows_do_not_depend_on_the_block_size(tmp_path: Path, block_size: int) -> None:
+@pytest.mark.parametrize("portion_size", [1, PMD, 2 * PMD, 1 << 30])
+def test_rows_do_not_depend_on_the_portion_size(tmp_path: Path, portion_size: int) -> None:
     record(process(), tmp_path / "default")
-    record(process(), tmp_path / "other", block_size=block_size)
+    record(process(), tmp_path / "other", portion_size=portion_size)
     assert rows(tmp_path / "other") == rows(tmp_path / "default")
 
 
@@ -201,7 +201,7 @@ def test_no_pmd_range_is_cut_between_two_reads(file: Path, geometry: Geometry) -
     start = geometry.pmd_size * 10 + 3 * geometry.page_size
     pages = 3 * geometry.ptes_per_pmd
     vma = Vma(start, start + pages * geometry.page_size, "rw-p")
-    record(Watched([(vma, *page_runs((pages, PRESENT, 0)))], geometry=geometry), file, block_size=1)
+    record(Watched([(vma, *page_runs((pages, PRESENT, 0)))], geometry=geometry), file, portion_size=1)
     assert len(reads) == 4
     inner = {edge for segment in reads for edge in segment} - {vma.start, vma.end}
     assert all(edge % geometry.pmd_size == 0 for edge in inner)
@@ -209,7 +209,7 @@ def test_no_pmd_range_is_cut_between_two_reads(file: Path, geometry: Geometry) -
 
 def test_progress_rises_to_the_size_of_all_mappings(file: Path) -> None:
     space, seen = process(), list[tuple[int, int]]()
-    record(space, file, block_size=PMD, progress=lambda done, total: seen.append((done, total)))
+    record(space, file, portion_size=PMD, progress=lambda done, total: seen.append((done, total)))
     total = sum(vma.size for vma in space.vmas())
     done = [step for step, _ in seen]
     assert {whole for _, whole in seen} == {total}
@@ -237,7 +237,7 @@ def test_many_row_groups(file: Path) -> None:
     folio_order = np.where(state, np.arange(ranges * 512) % 2, ORDER_NONE).astype(np.int8)
     vma = Vma(HEAP, HEAP + ranges * PMD, "rw-p")
     space = FakeSpace([(vma, state, folio_order)])
-    record(space, file, block_size=16 * PMD)
+    record(space, file, portion_size=16 * PMD)
     with contextlib.closing(run_reader(file)) as reader:
         assert reader.row_groups > 2
     segments = [(HEAP + 5 * PMD, HEAP + 10 * PMD), (HEAP, HEAP + PAGE), (HEAP, vma.end)]
@@ -285,7 +285,7 @@ class TestOutput:
         if overwrite:
             file.write_text("precious")
         with pytest.raises(KeyboardInterrupt):
-            record(process(), file, block_size=PMD, progress=interrupt_at(2), overwrite=overwrite)
+            record(process(), file, portion_size=PMD, progress=interrupt_at(2), overwrite=overwrite)
         assert file.read_text() == "precious" if overwrite else not file.exists()
 
     def test_a_process_that_exits_meanwhile(self, file: Path) -> None:
@@ -295,12 +295,12 @@ class TestOutput:
             space.vanished = True
 
         with pytest.raises(TargetVanishedError):
-            record(space, file, block_size=PMD, progress=kill)
+            record(space, file, portion_size=PMD, progress=kill)
         assert not file.exists()
 
     def test_block_size(self, file: Path) -> None:
-        with pytest.raises(UsageError, match="block size 0"):
-            record(process(), file, block_size=0)
+        with pytest.raises(UsageError, match="portion size 0"):
+            record(process(), file, portion_size=0)
 
 
 def test_without_pyarrow(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

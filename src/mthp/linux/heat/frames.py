@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.abilities import READ_BLOCK
+from mthp.abilities import READ_PORTION
 from mthp.errors import NotPermittedError
 from mthp.heat import Heat
 from mthp.linux.processspace import ProcessSpace
-from mthp.ptes import Pte, Segment, in_blocks
+from mthp.ptes import Pte, Segment, in_portions
 
 GAP_FRAMES = 512
 """Largest distance of two frames of the target in one segment of physical memory."""
@@ -41,11 +41,11 @@ def frames_of(space: ProcessSpace, segments: list[Segment], *, shared: bool = Tr
     """
     page_size = space.geometry.page_size
     addresses, frames = [], []
-    for block in in_blocks(segments, READ_BLOCK):
-        columns = space.read(block)
+    for portion in in_portions(segments, READ_PORTION):
+        columns = space.read(portion)
         if columns.pfn is None:
             raise NotPermittedError("page frame numbers are hidden", help="run as root (CAP_SYS_ADMIN)")
-        address = np.concatenate([np.arange(start, end, page_size, dtype=np.uint64) for start, end in block])
+        address = np.concatenate([np.arange(start, end, page_size, dtype=np.uint64) for start, end in portion])
         present = columns.pfn > 0
         if not shared:
             present &= ~columns.has(Pte.SHARED | Pte.ZERO)
