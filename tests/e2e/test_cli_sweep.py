@@ -101,6 +101,7 @@ def test_a_scheduler_that_goes_away_is_told_and_what_is_done_is_kept(inputs: Pat
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_no_scheduler_at_all(inputs: Path, tmp_path: Path) -> None:
     pytest.importorskip("distributed")
     done = mthp(

@@ -28,6 +28,7 @@ def typed() -> list[str]:
     return [line[2:] for block in BLOCK.findall(TUTORIAL.read_text()) for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only("2048kB")
     command = tmp_path / "bin" / "mthp"

@@ -160,6 +160,7 @@ def within_a_plan(*also: str) -> list[Foreseen]:
     return [one for one in states() if beyond_a_plan(one.case) in ("", *also)]
 
 
+@pytest.mark.slow
 def test_few_of_the_states_are_beyond_a_plan() -> None:
     reasons = Counter(beyond_a_plan(one.case) for one in states())
     assert reasons == {"": 3638, "batch": 133, "pinned": 124, "read back": 29}

@@ -156,7 +156,9 @@ def test_moving_keeps_to_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> No
     assert counts + tally["over_reserve"] + tally["not_tried"] == tally["planned"]
 
 
-@pytest.mark.parametrize(("bloat", "reason"), [("10%", None), ("none", "must stay free")])
+@pytest.mark.parametrize(
+    ("bloat", "reason"), [pytest.param("10%", None, marks=pytest.mark.slow), ("none", "must stay free")]
+)
 def test_the_daemon_keeps_to_both(
     cgroup: MemoryCgroup, sparse: Sparse, tmp_path: Path, bloat: str, reason: str | None
 ) -> None:

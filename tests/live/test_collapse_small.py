@@ -115,6 +115,7 @@ print(made, len(report.plan.folios), int((orders >= 2).sum()), len(wrong), intac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="a process moves its own memory on x86-64 only")
 def test_a_process_collapses_small_mappings_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", OF_ITSELF], capture_output=True, text=True, check=False)

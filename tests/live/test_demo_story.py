@@ -18,6 +18,7 @@ def told() -> story.Story:
     return story.tell(SIZE, 0.05, silent)
 
 
+@pytest.mark.slow
 @pytest.mark.requires("root", "thp", "pfns", "pagemap_scan")
 @pytest.mark.usefixtures("thp_switches")
 def test_both_have_large_folios_and_the_mthps_are_the_cheaper_ones() -> None:
@@ -39,6 +40,7 @@ def test_both_have_large_folios_and_the_mthps_are_the_cheaper_ones() -> None:
     assert seen.intact
 
 
+@pytest.mark.slow
 @pytest.mark.requires("thp")
 @pytest.mark.usefixtures("thp_switches")
 def test_without_the_right_to_advise_others_the_workload_collapses_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_advised_memory_of_such_a_process_is_moved(actor: Actor, thp_switches: T
     assert report["folios"]["4"]["made"] == 2 * PMD_SIZE // (64 << 10)
 
 
+@pytest.mark.slow
 @pytest.mark.requires("mover")
 def test_the_daemon_stops_it_for_one_batch_and_blames_no_machine(actor: Actor, tmp_path: Path) -> None:
     unadvised(actor)

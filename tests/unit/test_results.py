@@ -25,6 +25,7 @@ def test_nothing_is_falsy_but_fail() -> None:
     assert [result for result in ScanResult if not result] == [ScanResult.FAIL]
 
 
+@pytest.mark.slow
 def test_trace_words_of_a_real_kernel_are_known() -> None:
     """Those that recorded cases contain, in scans and in attempts."""
     words = {result.trace_word for result in ScanResult}

@@ -80,7 +80,14 @@ def test_an_owner_that_ends_well_leaves_no_watcher(tunables: Tunables) -> None:
     settled(tunables)
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGKILL,), (signal.SIGHUP,), (signal.SIGSTOP, signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param((signal.SIGKILL,), marks=pytest.mark.slow),
+        pytest.param((signal.SIGHUP,), marks=pytest.mark.slow),
+        (signal.SIGSTOP, signal.SIGKILL),
+    ],
+)
 def test_killed_at_random_moments(tunables: Tunables, numbers: tuple[signal.Signals, ...]) -> None:
     slowest = 0.0
     for _ in range(KILLS):
