@@ -10,19 +10,19 @@ Progress = Callable[[int, int], None]
 """Called with (done, in all) after every piece of work."""
 
 
-class Reading:
+class ReadProgress:
     """The progress of reading segments.
 
     Args:
-        progress: called after every block; None to tell nothing.
+        progress: called after every portion; None for no calls.
         segments: all segments to be read.
     """
 
     def __init__(self, progress: Progress | None, segments: Iterable[Segment]) -> None:
         self._progress, self._total, self._done = progress, bytes_in(segments), 0
 
-    def has_read(self, block: Iterable[Segment]) -> None:
-        """Count a block as read."""
-        self._done += bytes_in(block)
+    def has_read(self, portion: Iterable[Segment]) -> None:
+        """Count a portion as read."""
+        self._done += bytes_in(portion)
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -22,7 +22,7 @@ from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
 from mthp.measuring import PORTION_PAGES
 from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
-from mthp.progress import Progress, Reading
+from mthp.progress import Progress, ReadProgress
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment, in_portions, in_range_portions
 from mthp.tabular import Tabular
 from mthp.tunables import Switches
@@ -250,7 +250,7 @@ def _listed_and_counted(
         mapped = space.mapped()
         counts = _Counts(mapped, space.geometry)
         segments = space.populated(mapped, space.geometry.page_size)
-        reading = Reading(progress, segments)
+        reading = ReadProgress(progress, segments)
         for portion in in_range_portions(segments, space.geometry, portion_pages * space.geometry.page_size):
             counts.add(space.read(portion))
             reading.has_read(portion)
@@ -264,7 +264,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
     # Contents of files are not the process's own, and zeroes in them cannot be given back.
     anonymous = [(index, vma) for index, vma in enumerate(vmas) if vma.kind is VmaKind.ANON]
     populated = {index: space.populated([(vma.start, vma.end)], page_size) for index, vma in anonymous}
-    reading = Reading(progress, chain.from_iterable(populated.values()))
+    reading = ReadProgress(progress, chain.from_iterable(populated.values()))
     for index, segments in populated.items():
         found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
         for portion in in_portions(segments, CONTENTS_PAGES * page_size):

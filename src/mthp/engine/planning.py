@@ -33,7 +33,7 @@ from mthp.engine.select import (
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.measuring import Measured, Meter, Scope, measure
 from mthp.metrics import Coverage
-from mthp.progress import Progress, Reading
+from mthp.progress import Progress, ReadProgress
 from mthp.ptes import PteColumns, Segment, bytes_in, segments_of, without
 from mthp.results import ScanResult
 from mthp.vma import Vma
@@ -105,7 +105,7 @@ def _plan_and_measure(
     planned = sorted(segment for _, segments in todo for segment in segments)
     # Memory that counts for the coverage, and that no job reads.
     others = list(without(meter.segments, planned))
-    reading = Reading(progress, [*planned, *others])
+    reading = ReadProgress(progress, [*planned, *others])
     parts: list[tuple[Ranges, Folios]] = []
     for job, segments in todo:
         for portion in portions_of(job, segments, space.geometry, portion_ranges):

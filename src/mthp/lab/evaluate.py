@@ -28,7 +28,7 @@ from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
 from mthp.lab.scans import MAX_SCANS, Counts, RangeState, history, scan_at
-from mthp.progress import Progress, Reading
+from mthp.progress import Progress, ReadProgress
 from mthp.ptes import Segment, in_portions
 from mthp.sim.clock import Costs
 from mthp.trimming import TrimBy, Trimming
@@ -166,7 +166,7 @@ def evaluate(
     vmas = space.vmas()
     courses = [_Course.of(space, vmas, options, limit) for options in settings]
     todo = _reads(space, courses)
-    reading = Reading(progress, [segment for _, _, segments in todo for segment in segments])
+    reading = ReadProgress(progress, [segment for _, _, segments in todo for segment in segments])
     for members, index, segments in todo:
         # PMD ranges do not depend on each other. So each portion is read once, and taken through all settings and scans
         # before the next is read: memory use depends on the size of a portion, not of the target.

@@ -21,7 +21,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import Census, VmaCensus, take_census
 from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry
-from mthp.progress import Progress, Reading
+from mthp.progress import Progress, ReadProgress
 from mthp.ptes import Segment, bytes_in, in_portions, union
 from mthp.report.kinds import Kinds
 from mthp.units import format_size
@@ -196,7 +196,7 @@ def shares(
     """
     kinds, page_size = Kinds(space.geometry), space.geometry.page_size
     counted = []
-    reading = Reading(progress, [segment for part in parts for segment in part.segments])
+    reading = ReadProgress(progress, [segment for part in parts for segment in part.segments])
     for part in parts:
         counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
         offset = 0

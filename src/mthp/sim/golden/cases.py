@@ -145,16 +145,12 @@ EVENT_WORDS = {"isolate": 6, "collapse": 4, "swapin": 5}
 
 
 def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Return the JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
-
-    Raises:
-        UsageError: see :func:`case_lines`.
-    """
+    """Return the JSON objects of a golden file; raises as :func:`case_lines`."""
     return map(parse_case, case_lines(path))
 
 
 def case_lines(path: str | Path) -> list[bytes]:
-    """Return the lines of a golden file that hold a case, each checked for the required fields.
+    """Return the lines of a golden file that hold a case. It is compressed if its name ends in ``.gz``.
 
     Raises:
         UsageError: the file cannot be read or is too large, or a required field is missing.
