@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -67,11 +68,33 @@ def raising_on_signals() -> Iterator[None]:
 
     for number in numbers:
         signal.signal(number, end)
+    reported, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         yield
     finally:
+        sys.unraisablehook = reported
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+AGAIN_SECONDS = 0.02
+"""Seconds after which a lost signal is sent again: a callback is over then, mostly."""
+
+
+def _send_again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again if Python ignored its exception, as in finalizers and callbacks; report other exceptions."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    number = exit_code_of(lost.exc_value) - exit_code(0)
+
+    def send(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    # Raised at once, it would be ignored again.
+    signal.signal(signal.SIGALRM, send)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 class Wish:
