@@ -9,6 +9,9 @@ from mthp.ptes import Segment, bytes_in
 Progress = Callable[[int, int], None]
 """Called with (done, in all) after every piece of work."""
 
+StepProgress = Callable[[int, int, str], None]
+"""Called with (done, in all, name of the step) after every piece of work of several steps."""
+
 
 class ReadProgress:
     """The progress of reading segments.

@@ -10,7 +10,7 @@ from mthp.errors import NotPermittedError, UnsupportedError
 SIZE = 48 << 20
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(done: int, total: int, what: str) -> None:
     assert done <= total or total == 0, what
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mthp.demo.client import Progress, Workload
+from mthp.demo.client import Workload
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.linux.live import open_live
+from mthp.progress import StepProgress
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, wait_for
 
@@ -138,7 +139,7 @@ def test_nothing_stays_when_the_start_is_interrupted(error: type[BaseException])
         pids.append(workload.pid)
         raise error
 
-    progress: Progress = interrupt
+    progress: StepProgress = interrupt
     with pytest.raises(error):
         workload.start(SIZE, progress)
     assert len(pids) == 1

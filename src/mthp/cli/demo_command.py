@@ -16,8 +16,9 @@ from rich.progress import Progress as Bars
 from mthp.cli.options import SECONDS, SIZE, json_option
 from mthp.cli.render.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
-from mthp.demo.story import DEFAULT_SIZE, Chapter, Progress, Story, tell
+from mthp.demo.story import DEFAULT_SIZE, Chapter, Story, tell
 from mthp.errors import UsageError
+from mthp.progress import StepProgress
 from mthp.units import format_size, percent
 
 
@@ -50,16 +51,16 @@ def command(size: int | None, seconds: float, as_json: bool) -> int:
 
 
 @contextmanager
-def _progress(*, hidden: bool) -> Iterator[Progress]:
+def _progress(*, hidden: bool) -> Iterator[StepProgress]:
     """Show the progress of several steps: a bar for each on a terminal, else a line for each as it begins."""
     if hidden:
-        yield lambda what, done, total: None
+        yield lambda done, total, what: None
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
         with Bars(*columns, console=Console(stderr=True)) as bars:
             tasks: dict[str, TaskID] = {}
 
-            def advance(what: str, done: int, total: int) -> None:
+            def advance(done: int, total: int, what: str) -> None:
                 if what not in tasks:
                     tasks[what] = bars.add_task(what)
                 bars.update(tasks[what], completed=done, total=max(total, 1))
@@ -69,7 +70,7 @@ def _progress(*, hidden: bool) -> Iterator[Progress]:
         # A log has a line for each step, and no line that is drawn again.
         begun: set[str] = set()
 
-        def tell_once(what: str, done: int, total: int) -> None:
+        def tell_once(done: int, total: int, what: str) -> None:
             if what not in begun:
                 begun.add(what)
                 click.echo(f"{what} ...", err=True)

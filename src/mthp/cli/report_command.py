@@ -100,7 +100,7 @@ def command(
         ):
             source = Source(space, recorded_at, later, arguments, None if pid is not None else _timeline(file))
             wanted, commands = made_of(PlanOptions, options), _commands(file, pid)
-            document = report_on(source, wanted, commands, lambda _, done, total: progress(done, total))
+            document = report_on(source, wanted, commands, lambda done, total, _: progress(done, total))
     size = write(document, output, overwrite=force, version=__version__)
     if as_json:
         print_json("report", Written(document.title, output, size))

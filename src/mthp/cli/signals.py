@@ -36,11 +36,15 @@ def exit_code(number: int) -> int:
 
 def exit_code_of(error: BaseException | None) -> int:
     """Return the exit code of a command that `error` ended: a KeyboardInterrupt, or an error with one as its cause."""
+    return exit_code(_number_of(error))
+
+
+def _number_of(error: BaseException | None) -> int:
     while error is not None:
         if isinstance(error, EndedBySignalError):
-            return exit_code(error.number)
+            return error.number
         error = error.__cause__
-    return exit_code(signal.SIGINT)
+    return signal.SIGINT
 
 
 def exit_code_if_ended() -> int:
@@ -86,7 +90,7 @@ def _send_again(lost: sys.UnraisableHookArgs) -> None:
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
-    number = exit_code_of(lost.exc_value) - exit_code(0)
+    number = _number_of(lost.exc_value)
 
     def send(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

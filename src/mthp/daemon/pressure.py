@@ -27,10 +27,10 @@ ASK_SECONDS = 0.5
 """Least seconds between two reads of the machine's pressure and its free memory."""
 
 REACH_FRAMES = 1 << 19
-"""Frames of which is read what they hold, 2 GiB on x86-64: compaction is followed in them, which takes longer."""
+"""Frames that are read at most, 2 GiB on x86-64. To follow compaction in more takes too long for a daemon."""
 
 REACH_SECONDS = 60.0
-"""What is in reach on the machine is found out no more often than that."""
+"""Least seconds between two predictions of what the machine's memory allows."""
 
 FIRST_RETRY_SECONDS = 1.0
 """Seconds after the first failed allocation of an order; doubled by every further one, up to alloc_sleep_millisecs."""

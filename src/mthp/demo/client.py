@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mthp.budget import MemoryBound
 from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.metrics import Durations
+from mthp.progress import StepProgress
 
 MIN_SIZE = 32 << 20
 """Smallest workload, in bytes: with less, most of it would be the interpreter's own memory."""
@@ -34,9 +35,6 @@ SLOWEST_BYTES_PER_S = 100 << 20
 """Least speed of reading all the data, in bytes per second: a tenth of an ordinary machine's. Extends the time-out."""
 
 STDERR_TAIL_BYTES = 2000
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done_bytes, total_bytes, phase) while the workload grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ class Workload(Closing):
         """
         return self._running().pid
 
-    def start(self, size: int, progress: Progress | None = None) -> None:
+    def start(self, size: int, progress: StepProgress | None = None) -> None:
         """Start the process and wait until it has grown and is ready, as :meth:`begin` and :meth:`await_ready` do."""
         self.begin(size)
         self.await_ready(progress)
@@ -140,7 +138,7 @@ class Workload(Closing):
             self.close()
             raise MthpError(f"the demo's workload cannot be started: {error}") from error
 
-    def await_ready(self, progress: Progress | None = None) -> None:
+    def await_ready(self, progress: StepProgress | None = None) -> None:
         """Wait until the workload has grown.
 
         Args:

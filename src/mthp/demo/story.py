@@ -28,6 +28,7 @@ from mthp.linux.split.file import split_ability
 from mthp.means import Means, Mechanism
 from mthp.measuring import measure
 from mthp.metrics import Durations
+from mthp.progress import StepProgress
 from mthp.trimming import SMALLEST_LARGE
 
 DEFAULT_SIZE = 256 << 20
@@ -40,9 +41,6 @@ MEASUREMENTS = 5
 
 QUIET_SECONDS = 1.0
 """Seconds for which the first workload is watched while it is left alone."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (name of the step, units done, units in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,7 @@ class Story:
         return self.intact and not self.undone
 
 
-def tell(size: int, seconds: float, progress: Progress) -> Story:
+def tell(size: int, seconds: float, progress: StepProgress) -> Story:
     """Run the whole story.
 
     Args:
@@ -160,8 +158,8 @@ def tell(size: int, seconds: float, progress: Progress) -> Story:
     return story
 
 
-def _named(progress: Progress, name: str) -> Callable[[int, int, str], None]:
-    return lambda done, total, what: progress(f"{name}: {what}", done, total)
+def _named(progress: StepProgress, name: str) -> StepProgress:
+    return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
 @dataclass
@@ -177,7 +175,7 @@ class _Side:
 class _Telling:
     """One run of the story, while its workloads live."""
 
-    def __init__(self, small: _Side, huge: _Side, seconds: float, progress: Progress) -> None:
+    def __init__(self, small: _Side, huge: _Side, seconds: float, progress: StepProgress) -> None:
         self._small, self._huge, self._seconds, self._progress = small, huge, seconds, progress
         space, geometry = small.space, small.space.geometry
         order = max(MIN_ANON_ORDER, (SMALLEST_LARGE // geometry.page_size).bit_length() - 1)
@@ -213,28 +211,28 @@ class _Telling:
     def _contents(self, when: str) -> list[DataCheck]:
         found = []
         for number, side in enumerate((self._small, self._huge)):
-            self._progress(f"reading all data {when}", number, 2)
+            self._progress(number, 2, f"reading all data {when}")
             found.append(side.workload.verify())
-        self._progress(f"reading all data {when}", 2, 2)
+        self._progress(2, 2, f"reading all data {when}")
         return found
 
     def _speeds(self, when: str, sides: list[_Side]) -> list[Speed]:
         """Measure workloads in turn, and return the speed of each."""
         measured: list[list[Measurement]] = [[] for _ in sides]
         for number in range(MEASUREMENTS):
-            self._progress(f"measuring {when}", number, MEASUREMENTS)
+            self._progress(number, MEASUREMENTS, f"measuring {when}")
             # In turn, so that other programs on the machine disturb both alike.
             for side, measurements in zip(sides, measured, strict=True):
                 measurements.append(side.workload.measure(self._seconds))
-        self._progress(f"measuring {when}", MEASUREMENTS, MEASUREMENTS)
+        self._progress(MEASUREMENTS, MEASUREMENTS, f"measuring {when}")
         return [Speed.of(measurements) for measurements in measured]
 
     def _quiet(self, speed: Speed) -> Chapter:
         """Watch the first workload while nothing is done to it."""
-        self._progress("watching undisturbed", 0, 1)
+        self._progress(0, 1, "watching undisturbed")
         with self._small.workload.serving() as waits:
             time.sleep(QUIET_SECONDS)
-        self._progress("watching undisturbed", 1, 1)
+        self._progress(1, 1, "watching undisturbed")
         chapter = self._chapter("before", self._small, waits=waits[0])
         chapter.speed = speed
         return chapter
@@ -286,7 +284,7 @@ class _Telling:
         """Collapse while the workload looks documents up, and note the blocks that were left."""
         with side.workload.serving() as waits:
             report = collapse_space(
-                side.space, choice, means, progress=lambda done, total, _: self._progress(what, done, total)
+                side.space, choice, means, progress=lambda done, total, _: self._progress(done, total, what)
             )
         for tally in (report.ranges, *report.folios.values()):
             self._story.undone += [f"{what}: {one.folios} left: {one.reason}" for one in tally.reasons]

@@ -17,11 +17,12 @@ from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.visited import RestClock
-from mthp.engine.work import Progress, Work
+from mthp.engine.work import Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.means import USUAL_MEANS, Means, Mechanism, price_of_moving
 from mthp.metrics import Durations
+from mthp.progress import StepProgress
 from mthp.ptes import Block
 
 ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "split", "khugepaged", "move")
@@ -35,7 +36,7 @@ def collapse_space(
     means: Means = USUAL_MEANS,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
     clock: RestClock | None = None,
@@ -124,7 +125,7 @@ def carry_out(
     means: Means,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
     clock: RestClock | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,13 +23,12 @@ from mthp.freememory import FreeMemory, MemoryBlocks
 from mthp.means import Means
 from mthp.measuring import PORTION_PAGES, measure
 from mthp.metrics import Coverage, anonymous_pages, page_numbers
+from mthp.progress import StepProgress
 from mthp.ptes import Pte, in_range_portions
 from mthp.trimming import given_back, in_use
 from mthp.units import format_size
 
-Progress = Callable[[int, int, str], None]
-
-MOST_FRAMES = 1 << 24
+MOST_PLANNED_FRAMES = 1 << 24
 """Pages of a plan up to which their frames are looked up, 64 GiB on x86-64. It takes some 50 bytes for each; in larger
 plans the blocks that come free as a whole are left out, so what is predicted is less than what is reached."""
 
@@ -78,7 +76,7 @@ class Reach:
     trimmed: Reached
 
 
-def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progress | None = None) -> Reach:
+def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: StepProgress | None = None) -> Reach:
     """Predict the part of `plan` that `means` can reach, in each way separately.
 
     Args:
@@ -278,7 +276,7 @@ def _frames(space: AddressSpace, work: _Work) -> Freed:
     ]
     firsts = (begins // np.uint64(page_size)).astype(np.int64)
     frames, at = [np.empty(0, np.int64)], [np.empty(0, np.intp)]
-    if pages.sum() > MOST_FRAMES:
+    if pages.sum() > MOST_PLANNED_FRAMES:
         segments = []
     for portion in in_range_portions(segments, space.geometry, PORTION_PAGES * page_size):
         columns = space.read(portion)

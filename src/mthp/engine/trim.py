@@ -26,6 +26,7 @@ from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.measuring import out_of_reach_bytes
 from mthp.metrics import Durations, anonymous_pages, page_numbers
 from mthp.pacing import ByteBudget
+from mthp.progress import StepProgress
 from mthp.ptes import Block, PteColumns, Segment, in_range_portions
 from mthp.results import ScanResult
 from mthp.tabular import Tabular
@@ -40,8 +41,6 @@ BATCH_BYTES = 32 << 20
 
 PACE = 0.1
 """The longest rest, in seconds, between two calls of `stop`."""
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ class TrimReport(Tabular):
 def plan_trim(
     space: AddressSpace,
     options: TrimOptions,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrimPlan:
     """Find the folios with a share of zeroes that is large enough.
@@ -244,7 +243,7 @@ def trim_space(
     options: TrimOptions,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrimReport:
     """Give back the pages of zeroes of `space`, and return the report.
@@ -291,7 +290,7 @@ def _carry_out(
     report: TrimReport,
     seconds: list[float],
     budget: ByteBudget,
-    progress: Progress | None,
+    progress: StepProgress | None,
     stop: Callable[[], bool],
 ) -> None:
     sizes = [plan.geometry.size_of(order) for _, order in plan.folios]

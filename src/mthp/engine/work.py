@@ -14,13 +14,11 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Means
 from mthp.measuring import measure
 from mthp.pacing import ByteBudget
+from mthp.progress import StepProgress
 from mthp.results import ScanResult
 
 PACE = 0.1
 """Seconds: between two rests, at most the bytes that the rate allows in this time are collapsed."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, the size being made) after every step."""
 
 
 class Work:
@@ -42,7 +40,7 @@ class Work:
         means: Means,
         report: CollapseReport,
         total: int,
-        progress: Progress | None,
+        progress: StepProgress | None,
         stop: Callable[[], bool],
         clock: RestClock | None = None,
     ) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from mthp.errors import MthpError, UnsupportedError, UsageError
@@ -48,7 +48,7 @@ def local(jobs: int | None = None) -> Runner:
         raise UsageError(f"{jobs} jobs are too few", help="use --jobs 1 or more")
     count: int = jobs or joblib.cpu_count()
 
-    def run(tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(tasks: Sequence[Task]) -> Generator[Done, None, None]:
         # One task at a time needs no other process.
         if count == 1 or len(tasks) == 1:
             yield from map(measure, tasks)
@@ -78,11 +78,11 @@ def dask(address: str) -> Runner:
     if "://" not in address:
         raise UsageError(f"{address!r} is not the address of a scheduler", help="write it as tcp://HOST:8786")
 
-    def run(tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(tasks: Sequence[Task]) -> Generator[Done, None, None]:
         with _quiet():
             yield from connected(tasks)
 
-    def connected(tasks: Sequence[Task]) -> Iterator[Done]:
+    def connected(tasks: Sequence[Task]) -> Generator[Done, None, None]:
         try:
             client = distributed.Client(address, timeout=SILENCE, set_as_default=False, name="mthp-sweep")
         except (OSError, TimeoutError, ValueError) as error:
@@ -98,7 +98,7 @@ def dask(address: str) -> Runner:
     return run
 
 
-def _on_cluster(distributed: Any, client: Any, address: str, tasks: Sequence[Task]) -> Iterator[Done]:
+def _on_cluster(distributed: Any, client: Any, address: str, tasks: Sequence[Task]) -> Generator[Done, None, None]:
     """Send tasks a few at a time, and yield their results as they arrive."""
     # Reversed, because pop() takes the last.
     waiting = list(reversed(tasks))

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Done:
     error: str = ""
 
 
-Runner = Callable[[Sequence[Task]], Iterator[Done]]
+Runner = Callable[[Sequence[Task]], Generator[Done, None, None]]
 """Runs tasks, and yields their results in any order."""
 
 
@@ -161,7 +161,7 @@ def _results(runner: Runner, todo: Sequence[Task]) -> Iterator[Done]:
     # No runner is started for nothing.
     if todo:
         # Closing ends the workers, also after an error.
-        with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
+        with contextlib.closing(runner(todo)) as results:
             yield from results
 
 

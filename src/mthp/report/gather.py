@@ -7,7 +7,7 @@ first, as `mthp snapshot` does, and everything in the report is of that one mome
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
@@ -18,6 +18,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.metrics import out_of_reach_remark
+from mthp.progress import StepProgress
 from mthp.report import compared, timeline
 from mthp.report.document import Cell, Command, Document, Figure, ReportTable, Section, figures
 from mthp.report.memorymap import MemoryMap, make_map
@@ -26,9 +27,6 @@ from mthp.units import format_size, percent
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (name of the step, units done, units in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ def report_on(
     source: Source,
     options: PlanOptions,
     commands: Sequence[Command],
-    progress: Progress = lambda *_: None,
+    progress: StepProgress = lambda *_: None,
 ) -> Document:
     """Return the report on an address space.
 
@@ -67,11 +65,11 @@ def report_on(
         TargetVanishedError: the process exited meanwhile.
     """
     space = source.space
-    census = take_census(space, lambda done, total: progress("counting pages", done, total))
+    census = take_census(space, lambda done, total: progress(done, total, "counting pages"))
     facts = _facts(source, census)
     if not census.total.resident and not census.total.state("swap"):
         return Document(census.label, _NOTHING_RESIDENT, facts, commands=commands, notes=census.missing)
-    plan = plan_space(space, options, lambda done, total: progress("planning", done, total))
+    plan = plan_space(space, options, lambda done, total: progress(done, total, "planning"))
     after = None if source.later is None else take_census(source.later)
     comparison = compare(
         space,
@@ -79,7 +77,7 @@ def report_on(
         scans=None,
         # Page walks take a second for each of the settings.
         walks=False,
-        progress=lambda done, total: progress("comparing", done, total),
+        progress=lambda done, total: progress(done, total, "comparing"),
     )
     return Document(
         title=census.label,
@@ -184,7 +182,7 @@ def _facts(source: Source, census: Census) -> tuple[tuple[str, str], ...]:
     return tuple(facts)
 
 
-def _map_section(source: Source, census: Census, plan: SpacePlan, progress: Progress) -> Section:
+def _map_section(source: Source, census: Census, plan: SpacePlan, progress: StepProgress) -> Section:
     later = "afterwards" if source.later is not None else "with the plan"
     memory: MemoryMap = make_map(
         source.space,
@@ -192,7 +190,7 @@ def _map_section(source: Source, census: Census, plan: SpacePlan, progress: Prog
         names=("now" if source.later is None else "before", later),
         folios=plan.folios,
         later=source.later,
-        progress=lambda done, total: progress("drawing", done, total),
+        progress=lambda done, total: progress(done, total, "drawing"),
     )
     lead = (
         "Each column is filled from below with what its stretch of addresses holds, the largest folios first."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ class Counted:
         self.ran: list[str] = []
         self._fail_after = fail_after
 
-    def __call__(self, tasks: Sequence[Task]) -> Iterator[Done]:
+    def __call__(self, tasks: Sequence[Task]) -> Generator[Done, None, None]:
         for task in tasks:
             if len(self.ran) == self._fail_after:
                 raise MthpError("the scheduler went away")
