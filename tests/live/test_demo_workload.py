@@ -93,6 +93,9 @@ def test_it_serves_until_it_is_told_to_stop_whatever_happens_meanwhile(workload:
     with pytest.raises(ZeroDivisionError), workload.serving():
         raise ZeroDivisionError
     assert workload.verify().intact
+    with workload.serving() as waits:
+        workload.close()
+    assert waits == []
 
 
 def test_progress_goes_up_through_the_phases() -> None:

@@ -183,8 +183,10 @@ class Workload(Closing):
         try:
             yield waits
         finally:
-            # Also after an error, because the workload takes no other request meanwhile.
-            waits.append(Durations(**self._ask({"cmd": "stop"})))
+            # Also after an error, because the workload takes no other request meanwhile. After Ctrl-C just before the
+            # with-statement's body, Python comes here last, when the workload is closed.
+            if self._process is not None:
+                waits.append(Durations(**self._ask({"cmd": "stop"})))
 
     def collapse_itself(self) -> float:
         """Have the workload collapse its own memory to huge pages, and return the seconds that it took.
