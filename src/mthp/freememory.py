@@ -187,22 +187,21 @@ def parse_free_memory(buddyinfo: str, zoneinfo: str) -> FreeMemory:
     )
 
 
-def parse_closed_blocks(pagetypeinfo: str) -> list[list[int]]:
-    """Return the free blocks by order, of the migrate types to which compaction moves nothing.
+def parse_closed_blocks(pagetypeinfo: str) -> list[list[list[int]]]:
+    """Return the free blocks by order, of each migrate type to which compaction moves nothing.
 
     Args:
         pagetypeinfo: text of ``/proc/pagetypeinfo``.
 
     Returns:
-        Counts for each zone, in the order of the text, which is that of ``/proc/buddyinfo``. A count that the kernel
-        cut off (``>100000``, pagetypeinfo_showfree_print(), mm/vmstat.c) is the bound.
+        Counts for each zone, in the order of the text, which is that of ``/proc/buddyinfo``, and in it for each type. A
+        count that the kernel cut off (``>100000``, pagetypeinfo_showfree_print(), mm/vmstat.c) is the bound.
     """
-    zones: dict[tuple[str, str], list[int]] = {}
+    zones: dict[tuple[str, str], list[list[int]]] = {}
     for node, zone, kind, numbers in _TYPE.findall(pagetypeinfo):
-        counts = [int(word.lstrip(">")) for word in numbers.split()]
-        sums = zones.setdefault((node, zone), [0] * len(counts))
+        types = zones.setdefault((node, zone), [])
         if kind not in _OPEN_TYPES:
-            zones[node, zone] = [first + second for first, second in zip(sums, counts, strict=False)]
+            types.append([int(word.lstrip(">")) for word in numbers.split()])
     return list(zones.values())
 
 

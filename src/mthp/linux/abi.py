@@ -47,6 +47,7 @@ PAGEMAP_SCAN = 0xC0606610
 # --- /proc/kpageflags: include/uapi/linux/kernel-page-flags.h --------------------------------------------------------
 
 KPF_LRU = 1 << 5
+KPF_SLAB = 1 << 7
 KPF_BUDDY = 1 << 10
 KPF_ANON = 1 << 12
 KPF_SWAPBACKED = 1 << 14
@@ -57,6 +58,7 @@ KPF_NOPAGE = 1 << 20
 KPF_KSM = 1 << 21
 KPF_THP = 1 << 22
 KPF_ZERO_PAGE = 1 << 24
+KPF_PGTABLE = 1 << 26
 
 # --- /proc/PID/stat: include/linux/sched.h ---------------------------------------------------------------------------
 

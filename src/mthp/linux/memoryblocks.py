@@ -29,7 +29,9 @@ some seconds."""
 # Anonymous pages that wait for their place in the LRU lists are put there when compaction begins (lru_add_drain() in
 # compact_zone(), mm/compaction.c). Before Linux 6.16 only KPF_THP marks the tails of a folio of a file.
 _MOVABLE = np.uint64(abi.KPF_LRU | abi.KPF_ANON | abi.KPF_THP)
-_FREE, _HUGETLB = np.uint64(abi.KPF_BUDDY), np.uint64(abi.KPF_HUGE)
+# The kernel keeps other things in the same word of these, of which KPF_ANON is told (Linux 6.12 and 6.18).
+_KERNEL = np.uint64(abi.KPF_SLAB | abi.KPF_PGTABLE | abi.KPF_HUGE)
+_FREE = np.uint64(abi.KPF_BUDDY)
 _TAIL = np.uint64(abi.KPF_COMPOUND_TAIL)
 
 
@@ -70,7 +72,7 @@ class MemoryBlockReader(FrameWords):
         """Return the kinds of the pages of some blocks: int8, shape (numbers, pages)."""
         size = 1 << self._order
         words = self._load(numbers << self._order, np.full(len(numbers), size)).reshape(-1, size)
-        moves = ((words & _MOVABLE) != 0) & ((words & _HUGETLB) == 0)
+        moves = ((words & _MOVABLE) != 0) & ((words & _KERNEL) == 0)
         moves[(words[:, 1:] & _TAIL).all(axis=1)] = False
         return np.select([(words & _FREE) != 0, moves, words == 0], [FREE, MOVES, UNKNOWN], STAYS).astype(np.int8)
 
@@ -93,15 +95,35 @@ class MemoryBlockReader(FrameWords):
         closed = np.zeros(len(zone), np.bool_)
         by_order = _free_blocks(free)
         for number, counts in enumerate(types):
-            left = np.zeros(by_order.shape[1], np.int64)
-            left[: len(counts)] = [count // weight for count in counts[: len(left)]]
             rows = np.flatnonzero(mixed & (zone == number))
-            # Those with the most pages that stay first.
-            for row in rows[np.argsort(-others[rows], kind="stable")].tolist():
-                if (by_order[row] <= left).all():
-                    left -= by_order[row]
-                    closed[row] = True
+            # Those without movable pages first, and of these those with the most free blocks: they fit least by chance.
+            rows = rows[np.lexsort((-by_order[rows].sum(axis=1), moves[rows] > 0))]
+            closed[rows[_fitting(by_order[rows], counts, weight)]] = True
         return closed
+
+
+def _fitting(blocks: NDArray[np.int64], types: list[list[int]], weight: int) -> NDArray[np.bool_]:
+    """Return which rows are among the blocks that are counted by type: bool, shape (rows,).
+
+    Args:
+        blocks: int64, shape (rows, orders): free blocks of each row by order, the most likely rows first.
+        types: free blocks of each type by order.
+        weight: rows that each stands for.
+    """
+    left = np.zeros((len(types), blocks.shape[1]), np.int64)
+    for row, counts in zip(left, types, strict=True):
+        row[: len(counts)] = [count // weight for count in counts[: len(row)]]
+    fits = np.zeros(len(blocks), np.bool_)
+    sizes = np.int64(1) << np.arange(blocks.shape[1])
+    for at, some in enumerate(blocks):
+        after = left - some
+        able = np.flatnonzero((after >= 0).all(axis=1))
+        if len(able):
+            # That of which it leaves least.
+            best = able[np.argmin(after[able] @ sizes)]
+            left[best] = after[best]
+            fits[at] = True
+    return fits
 
 
 def _free_blocks(free: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -13,12 +13,12 @@ from mthp.linux.memoryblocks import memory_blocks
 
 PMD_ORDER = 3
 BUDDY, USED, KERNEL = abi.KPF_BUDDY, abi.KPF_LRU | abi.KPF_ANON, 1 << 7
-HEAD, TAIL = USED | abi.KPF_COMPOUND_HEAD, abi.KPF_ANON | abi.KPF_COMPOUND_TAIL
+HEAD, REST = USED | abi.KPF_COMPOUND_HEAD, abi.KPF_ANON | abi.KPF_COMPOUND_TAIL
 MEMORY = FreeMemory((FreeZone((), 0, frames=(0, 12)), FreeZone((), 0, frames=(12, 32))))
 BLOCKS = [
     [BUDDY] * 4 + [USED] * 2 + [KERNEL, 0],
-    [HEAD, *[TAIL] * 7],
-    [HEAD, *[TAIL] * 3, BUDDY, BUDDY, 0, 0],
+    [HEAD, *[REST] * 7],
+    [HEAD, *[REST] * 3, BUDDY, BUDDY, 0, 0],
     [abi.KPF_THP | abi.KPF_COMPOUND_TAIL, abi.KPF_HUGE | HEAD, *[abi.KPF_NOPAGE] * 6],
 ]
 
@@ -40,6 +40,17 @@ def test_pages_are_free_move_stay_or_are_unknown(tmp_path: Path) -> None:
     ]
     assert (blocks.numbers.tolist(), blocks.zone.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
     assert blocks.free_in(np.array([0, 1, 5, 9]), 2).tolist() == [4, 0, 2, 0]
+
+
+@pytest.mark.parametrize("flag", [abi.KPF_SLAB, abi.KPF_PGTABLE, abi.KPF_HUGE])
+def test_pages_of_the_kernel_stay_although_they_look_like_those_of_programs(tmp_path: Path, flag: int) -> None:
+    path = Path(flags(tmp_path))
+    words = np.fromfile(path, np.uint64)
+    words[:2] = [USED | flag, USED]
+    path.write_bytes(words.tobytes())
+    blocks = memory_blocks(MEMORY, PMD_ORDER, path=str(path))
+    assert blocks is not None
+    assert blocks.pages[0, :2].tolist() == [STAYS, MOVES]
 
 
 def test_of_much_memory_a_sample_is_read(tmp_path: Path) -> None:
@@ -74,6 +85,35 @@ def test_compaction_moves_nothing_to_blocks_whose_free_pages_are_of_another_type
 ) -> None:
     (tmp_path / "pagetypeinfo").write_text(PAGE_TYPES.format(unmovable, reclaimable))
     blocks = memory_blocks(MEMORY, PMD_ORDER, path=flags(tmp_path))
+    assert blocks is not None
+    assert np.flatnonzero(blocks.closed).tolist() == closed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "types", "closed"),
+    [
+        # Both have one free block of two pages.
+        ([BUDDY] * 2 + [KERNEL] * 6, [BUDDY] * 2 + [USED] * 5 + [KERNEL], {"Unmovable": "0 1 0 0"}, [0]),
+        ([BUDDY] * 2 + [USED] * 5 + [KERNEL], [BUDDY] * 2 + [KERNEL] * 6, {"Unmovable": "0 1 0 0"}, [1]),
+        # The second explains all free blocks of its type.
+        ([BUDDY] * 2 + [KERNEL] * 6, [BUDDY, KERNEL] * 2 + [BUDDY] * 2 + [KERNEL] * 2, {"Unmovable": "2 1 0 0"}, [1]),
+        # No type has both, but they have them together.
+        (
+            [BUDDY, KERNEL] * 2 + [BUDDY] * 2 + [KERNEL] * 2,
+            [USED] * 8,
+            {"Unmovable": "2 0 0 0", "Reclaimable": "0 1 0 0"},
+            [],
+        ),
+    ],
+)
+def test_closed_blocks_are_those_that_explain_the_free_blocks_of_a_type(
+    tmp_path: Path, first: list[int], second: list[int], types: dict[str, str], closed: list[int]
+) -> None:
+    path = Path(flags(tmp_path))
+    path.write_bytes(np.array([*first, *second, *[KERNEL] * 16], np.uint64).tobytes())
+    lines = [f"Node    0, zone   Normal, type {kind:>12} {counts}" for kind, counts in types.items()]
+    (tmp_path / "pagetypeinfo").write_text("\n".join(lines) + "\n")
+    blocks = memory_blocks(FreeMemory((FreeZone((), 0, frames=(0, 32)),)), PMD_ORDER, path=str(path))
     assert blocks is not None
     assert np.flatnonzero(blocks.closed).tolist() == closed
 
