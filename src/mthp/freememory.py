@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-COSTLY_ORDER = 3
-"""The largest order that the kernel does not call costly (PAGE_ALLOC_COSTLY_ORDER, include/linux/mmzone.h)."""
-
 
 @dataclass(frozen=True, slots=True)
 class FreeBlocks:
@@ -53,8 +50,6 @@ class FreeZone:
         listed: free pages in the lists of processors (struct per_cpu_pages), which are not in `blocks`. The kernel
             drains them before compaction or an allocation fails (__alloc_pages_direct_reclaim(), mm/page_alloc.c).
         unlisted: pages that the lists of one processor take until they are full (nr_pcp_high(), mm/page_alloc.c).
-        above: pages that must be free above `kept` before memory is compacted for an order above `COSTLY_ORDER`: the
-            low watermark counts, and not the ``min`` one (__compaction_suitable(), mm/compaction.c).
         frames: first frame, and the frame behind the last one.
     """
 
@@ -62,7 +57,6 @@ class FreeZone:
     kept: int
     listed: int = 0
     unlisted: int = 0
-    above: int = 0
     frames: tuple[int, int] = (0, 0)
 
     @property
@@ -96,10 +90,6 @@ class FreeMemory:
         """Pages that a process can free into the lists of its processor until they are full."""
         return sum(zone.unlisted for zone in self.zones)
 
-    def above(self, order: int) -> int:
-        """Return the pages that must be free above those that are kept before memory is compacted for `order`."""
-        return sum(zone.above for zone in self.zones) if order > COSTLY_ORDER else 0
-
     def folios(self, order: int) -> int:
         """Return the number of free folios of `order`, in zones that have one beyond what is kept."""
         return sum(_folios(zone.blocks, order) for zone in self.zones if zone.spare >> order)
@@ -115,6 +105,9 @@ FREE, MOVES, STAYS, UNKNOWN = range(4)
 """Kinds of pages: free; moved by compaction; in use for good; in the list of a processor or in use by the kernel, which
 is not visible."""
 
+TAIL = -1
+"""In place of an order: a page of a folio that is not its first."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryBlocks:
@@ -125,20 +118,20 @@ class MemoryBlocks:
         numbers: int64, shape (blocks,): first frame >> order.
         zone: int8, shape (blocks,): index in :attr:`FreeMemory.zones`.
         pages: int8, shape (blocks, 1 << order): kind of each page.
+        folios: int8, shape (blocks, 1 << order): order of the folio that begins with each page, TAIL for its other
+            pages.
         closed: bool, shape (blocks,): compaction moves no pages to it, because its migrate type is not Movable
             (suitable_migration_target(), mm/compaction.c).
         weight: blocks of the machine that each stands for.
-        stride: pages from one that compaction's scanner of free pages looks at to the next, at most
-            (COMPACT_CLUSTER_MAX, include/linux/swap.h).
     """
 
     order: int
     numbers: NDArray[np.int64]
     zone: NDArray[np.int8]
     pages: NDArray[np.int8]
+    folios: NDArray[np.int8]
     closed: NDArray[np.bool_]
     weight: int = 1
-    stride: int = 32
 
     def count(self, kind: int) -> NDArray[np.int64]:
         """Return the pages of a kind in each block: int64, shape (blocks,)."""
@@ -234,9 +227,9 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
             continue
         protection = re.search(r"protection: \(([^)]*)\)", part)
         reserve = max(map(int, re.findall(r"\d+", protection[1])), default=0) if protection else 0
-        boost, low, start, spanned = (
+        boost, start, spanned = (
             int(found[1]) if (found := re.search(rf"\b{name}\s+(\d+)", part)) else 0
-            for name in ("boost", "low", "start_pfn:", "spanned")
+            for name in ("boost", "start_pfn:", "spanned")
         )
         counts, full, full_older = (
             [int(number) for number in re.findall(rf"\b{name}:\s+(\d+)", part)]
@@ -255,7 +248,6 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, FreeZone]]:
                 sum(counts),
                 # Linux 6.7 and later let the length float above high_min.
                 max([0, *(most - count for count, most in zip(counts, full or full_older, strict=False))]),
-                max(0, low - int(least[1])),
                 (start, start + spanned),
             ),
         )

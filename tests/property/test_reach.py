@@ -23,7 +23,7 @@ from mthp.measuring import measure
 from mthp.ptes import Block, PteColumns
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim import Machine, SimSpace
-from mthp.sim.allocation.compact import compact
+from mthp.sim.allocation.compact_all import compact_all
 from mthp.sim.mm import HUGEPAGE, Mm
 from mthp.tunables import Switches
 
@@ -62,7 +62,8 @@ class Bounded(SimSpace):
         return any(zone.has(SMALL.pmd_order) for zone in self._parts.memory.zones)
 
     def _compacted(self) -> bool:
-        return compact(self._parts, SMALL.pmd_order) and self._has_folio()
+        compact_all(self._parts)
+        return self._has_folio()
 
 
 def state(seed: int) -> tuple[Machine, Bounded, PlanOptions, str]:

@@ -164,7 +164,8 @@ class MachineReach:
             return {}
         size = os.sysconf("SC_PAGESIZE") << self._order
         count = max(0, anonymous - huge) // size
-        steps = Steps(np.full(count, self._order, np.int8), np.zeros(count, np.int64), np.zeros(count, np.int64))
+        orders, none = np.full(count, self._order, np.int8), np.zeros(count, np.int64)
+        steps = Steps(orders, orders, none, none)
         ways = {"now": Supply(free)}
         flags = str(self._proc / "kpageflags")
         if blocks := memory_blocks(free, self._order, most=REACH_FRAMES, path=flags):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.packing import Bounds, Packing
+from mthp.engine.packing import Packing, Shape
 from mthp.freememory import FreeMemory
 from mthp.ptes import ColumnTable
 
@@ -36,13 +36,15 @@ class Steps(ColumnTable):
 
     Attributes:
         order: int8, order of the free block that a step takes.
+        folio: int8, order of the folios that it becomes.
         holes: int64, pages of the block that become free.
         filled: int64, pages by which the target grows.
     """
 
-    DTYPES = (np.int8, np.int64, np.int64)
+    DTYPES = (np.int8, np.int8, np.int64, np.int64)
 
     order: NDArray[np.int8]
+    folio: NDArray[np.int8]
     holes: NDArray[np.int64]
     filled: NDArray[np.int64]
 
@@ -84,14 +86,12 @@ def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int
         stops = _stops(steps, supply, done, rows, order)
         count = _count(stops)
         if supply.packing is not None and count:
-            # Compaction begins only with another folio's worth of free memory (compact_gap(), mm/internal.h).
-            compacted = _count(_stops(steps, supply, done, rows, order, gap=1))
             at_once = _at_once(supply, 1 << order)
-            made = supply.packing.make(order, rows, Bounds(count, compacted, at_once), float(steps.holes[rows].mean()))
+            shape = Shape(order, int(steps.folio[rows].min()), int(steps.holes[rows].mean()))
+            made = supply.packing.make(shape, rows, count, at_once)
             if made < count:
                 count = made
-                limit = Limit.KEPT if made >= compacted else Limit.ROOM if made == at_once else Limit.FOLIOS
-                stops[made] = _LIMITS.index(limit)
+                stops[made] = _LIMITS.index(Limit.ROOM if made == at_once else Limit.FOLIOS)
         done[rows[:count]] = True
         limits[order] = Limit.NOTHING if count == len(rows) else _LIMITS[int(stops[count])]
     return done, limits
@@ -103,13 +103,12 @@ _UNBOUNDED = 1 << 62
 
 
 def _stops(
-    steps: Steps, supply: Supply, done: NDArray[np.bool_], rows: NDArray[np.intp], order: int, gap: int = 0
+    steps: Steps, supply: Supply, done: NDArray[np.bool_], rows: NDArray[np.intp], order: int
 ) -> NDArray[np.int8]:
     """Return what stops each step of one order if all before it were done: int8, shape (rows,), index in `_LIMITS`.
 
     Args:
         done: bool, shape (steps,): steps of earlier orders that were done.
-        gap: folios that must be free beside the one that a step takes.
     """
     free, size, before = supply.free, 1 << order, steps[done]
     run = steps[rows]
@@ -127,8 +126,7 @@ def _stops(
         blocks = free.folios(order) - taken - np.arange(len(rows)) + int(merged[done].sum())
         blocks += np.append(0, np.cumsum(merged[rows]))[np.maximum(flushed, 0)]
         stops[blocks < 1] = _LIMITS.index(Limit.FOLIOS)
-    above = free.above(order) if gap else 0
-    stops[spare - hidden - above < size << gap] = _LIMITS.index(Limit.KEPT)
+    stops[spare - hidden < size] = _LIMITS.index(Limit.KEPT)
     if supply.room is not None:
         stops[supply.room - grown - (hidden if supply.room_of_machine else 0) < size] = _LIMITS.index(Limit.ROOM)
     return stops

@@ -19,7 +19,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import resident_in
 from mthp.engine.trim import TrimOptions, TrimPlan, plan_trim
 from mthp.errors import NotPermittedError, UnsupportedError
-from mthp.freememory import FreeMemory, MemoryBlocks
+from mthp.freememory import TAIL, FreeMemory, MemoryBlocks
 from mthp.means import Means
 from mthp.measuring import PORTION_PAGES, measure
 from mthp.metrics import Coverage, anonymous_pages, page_numbers
@@ -137,6 +137,9 @@ class _Reaching:
             supply = self._with_frames(supply, free, blocks, compacted, trim)
             done, limits = reachable(self._work.steps, supply)
         chosen = done[self._work.step_of]
+        if supply.packing is not None:
+            small = np.flatnonzero(chosen & (self._plan.folios.order < self._geometry.pmd_order))
+            chosen[small[: round(len(small) * supply.packing.broken)]] = False
         coverage = self._coverage(chosen)
         if trim is not None:
             coverage = _without(coverage, trim, 0 if supply.packing is None else supply.packing.emptied)
@@ -246,7 +249,10 @@ def _work_of(space: AddressSpace, plan: SpacePlan, means: Means) -> _Work:
     pages = np.int64(1) << taken[first]
     contents = np.where(split[first], resident_in(plan, begins[first]), pages - filled)
     holes = np.maximum(pages - contents - filled, 0)
-    return _Work(Steps(taken[first].astype(np.int8), holes, filled), step_of, begins[first], pages)
+    smallest = taken[first].copy()
+    np.minimum.at(smallest, step_of, folios.order.astype(np.int64))
+    steps = Steps(taken[first].astype(np.int8), smallest.astype(np.int8), holes, filled)
+    return _Work(steps, step_of, begins[first], pages)
 
 
 def _merged(freed: Freed, steps: Steps, blocks: MemoryBlocks | None) -> dict[int, NDArray[np.int64]]:
@@ -291,12 +297,16 @@ def _frames(space: AddressSpace, work: _Work) -> Freed:
 
 def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
     """Return the pages of the folios of `trim`."""
-    page_size = space.geometry.page_size
+    page_size, by = space.geometry.page_size, trim.by or "split"
     chosen = sorted(zip(trim.folios, trim.zero, strict=True), key=lambda folio: folio[0])
     pfn = space.read([(address, address + page_size) for (address, _), _ in chosen]).pfn
-    parts: tuple[list[NDArray[np.int64]], ...] = ([], [], [])
+    none = np.empty(0, np.bool_)
+    frames, freed, folios, zeroes = [none.astype(np.int64)], [none], [none.astype(np.int8)], [none]
     for head, (_, zero) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
-        gone = given_back(zero, trim.by or "split", page_size)
-        for part, pages in zip(parts, (gone, ~zero, zero & ~gone), strict=True):
-            part.append(head + np.flatnonzero(pages))
-    return Trimmed(*(np.concatenate([np.empty(0, np.int64), *part]) for part in parts))
+        left = in_use(zero, page_size) if by == "split" else np.zeros(len(zero), np.int8)
+        first = np.arange(len(zero)) % (np.int64(1) << left.astype(np.int64)) == 0
+        frames.append(head + np.arange(len(zero)))
+        freed.append(given_back(zero, by, page_size))
+        folios.append(np.where(first, left, TAIL).astype(np.int8))
+        zeroes.append(zero)
+    return Trimmed(np.concatenate(frames), np.concatenate(freed), np.concatenate(folios), np.concatenate(zeroes))

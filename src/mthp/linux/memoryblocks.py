@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.freememory import FREE, MOVES, STAYS, UNKNOWN, FreeMemory, MemoryBlocks, parse_closed_blocks
+from mthp.freememory import FREE, MOVES, STAYS, TAIL, UNKNOWN, FreeMemory, MemoryBlocks, parse_closed_blocks
 from mthp.linux import abi
 from mthp.linux.framewords import PORTION_FRAMES, FrameWords
 from mthp.linux.kpageflags import KPAGEFLAGS
@@ -65,16 +65,19 @@ class MemoryBlockReader(FrameWords):
         zone = np.repeat(np.arange(len(spans)), [len(numbers) for numbers in ranges])[first].astype(np.int8)
         step = max(1, PORTION_FRAMES >> order)
         pieces = [self._kinds(numbers[at : at + step]) for at in range(0, len(numbers), step)]
-        pages = np.concatenate([np.empty((0, 1 << order), np.int8), *pieces])
-        return MemoryBlocks(order, numbers, zone, pages, self._closed(zone, pages, weight), weight)
+        none = np.empty((0, 1 << order), np.int8)
+        pages, folios = (np.concatenate([none, *part]) for part in zip((none, none), *pieces, strict=True))
+        return MemoryBlocks(order, numbers, zone, pages, folios, self._closed(zone, pages, weight), weight)
 
-    def _kinds(self, numbers: NDArray[np.int64]) -> NDArray[np.int8]:
-        """Return the kinds of the pages of some blocks: int8, shape (numbers, pages)."""
+    def _kinds(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+        """Return the kinds and the folios of the pages of some blocks: int8, shape (numbers, pages) each."""
         size = 1 << self._order
         words = self._load(numbers << self._order, np.full(len(numbers), size)).reshape(-1, size)
         moves = ((words & _MOVABLE) != 0) & ((words & _KERNEL) == 0)
-        moves[(words[:, 1:] & _TAIL).all(axis=1)] = False
-        return np.select([(words & _FREE) != 0, moves, words == 0], [FREE, MOVES, UNKNOWN], STAYS).astype(np.int8)
+        tails = (words & _TAIL) != 0
+        moves[tails[:, 1:].all(axis=1)] = False
+        kinds = np.select([(words & _FREE) != 0, moves, words == 0], [FREE, MOVES, UNKNOWN], STAYS)
+        return kinds.astype(np.int8), _folios(tails)
 
     def _closed(self, zone: NDArray[np.int8], pages: NDArray[np.int8], weight: int) -> NDArray[np.bool_]:
         """Return the blocks to which compaction moves nothing: bool, shape (blocks,).
@@ -100,6 +103,20 @@ class MemoryBlockReader(FrameWords):
             rows = rows[np.lexsort((-by_order[rows].sum(axis=1), moves[rows] > 0))]
             closed[rows[_fitting(by_order[rows], counts, weight)]] = True
         return closed
+
+
+def _folios(tails: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Return the order of the folio that begins with each page, TAIL for its other pages: int8, shape (blocks, pages).
+
+    Args:
+        tails: bool, shape (blocks, pages): pages of a folio that are not its first.
+    """
+    begins = ~tails
+    begins[:, 0] = True
+    at = np.flatnonzero(begins)
+    folios = np.full(tails.size, TAIL, np.int8)
+    folios[at] = np.log2(np.diff(np.append(at, tails.size))).astype(np.int8)
+    return folios.reshape(tails.shape)
 
 
 def _fitting(blocks: NDArray[np.int64], types: list[list[int]], weight: int) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
-from mthp.sim.allocation.compact import memory_blocks
+from mthp.sim.allocation.compact_all import memory_blocks
 from mthp.sim.collapse.inplace import divide, trim_folio
 from mthp.sim.collapse.move import move_block
 from mthp.sim.collapse.scan import CollapseControl, SimRange

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mthp.sim.allocation.compact import compact_all
+from mthp.sim.allocation.compact_all import compact_all
 from mthp.sim.allocation.reclaim import drop_cache
 from mthp.sim.frames.buddy import Watermarks
 from mthp.sim.knobs import DEFRAG_WORDS

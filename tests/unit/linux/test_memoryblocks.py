@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mthp.freememory import FREE, MOVES, STAYS, UNKNOWN, FreeMemory, FreeZone
+from mthp.freememory import FREE, MOVES, STAYS, TAIL, UNKNOWN, FreeMemory, FreeZone
 from mthp.linux import abi
 from mthp.linux.memoryblocks import memory_blocks
 
@@ -40,6 +40,12 @@ def test_pages_are_free_move_stay_or_are_unknown(tmp_path: Path) -> None:
     ]
     assert (blocks.numbers.tolist(), blocks.zone.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
     assert blocks.free_in(np.array([0, 1, 5, 9]), 2).tolist() == [4, 0, 2, 0]
+    assert blocks.folios.tolist() == [
+        [0] * 8,
+        [3, *[TAIL] * 7],
+        [2, *[TAIL] * 3, 0, 0, 0, 0],
+        [0] * 8,
+    ]
 
 
 @pytest.mark.parametrize("flag", [abi.KPF_SLAB, abi.KPF_PGTABLE, abi.KPF_HUGE])

@@ -1,4 +1,4 @@
-"""Compaction: moving pages out of a block until the block is free.
+"""Compaction for an allocation: moving pages out of a block until the block is free.
 
 Follows the outline of compact_zone() (mm/compaction.c). Compaction continues where it stopped last and goes over the
 aligned blocks of a zone. It skips blocks with a page that cannot be moved, and moves the pages of the others to free
@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.freememory import COSTLY_ORDER, FREE, MOVES, STAYS, MemoryBlocks
-from mthp.sim.frames.buddy import Compaction, Zone
+from mthp.sim.frames.buddy import Zone
 from mthp.sim.frames.memory import Fl
 from mthp.sim.page_tables.mappings import mappings_of
 from mthp.sim.parts import Parts
+
+_COSTLY_ORDER = 3
+"""The largest order that the kernel does not call costly (PAGE_ALLOC_COSTLY_ORDER, include/linux/mmzone.h)."""
 
 _MAX_DEFER_SHIFT = 6
 _FRAMES = 1 << 15
@@ -33,25 +35,12 @@ def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
     return done
 
 
-def compact_all(parts: Parts) -> None:
-    """Compact every zone at the PMD order until that frees no further block."""
-    parts.lru.drain()
-    order = parts.geometry.pmd_order
-    for zone in parts.memory.zones:
-        # compact_node() goes over the whole zone, and ignores what was deferred (whole_zone, ignore_skip_hint).
-        zone.compaction = Compaction(zone.start)
-        usable = -1
-        while usable < zone.usable_frames(order):
-            usable = zone.usable_frames(order)
-            compact_zone(parts, zone, order)
-
-
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     """Free a block of `order` in one zone, unless compaction is deferred or the zone has too few free frames."""
     state, size = zone.compaction, 1 << order
     # Twice the block, because pages wait in free frames while others are still moved (compact_gap(),
     # include/linux/compaction.h), and the low watermark for costly orders (__compaction_suitable()).
-    mark = zone.watermarks.low if order > COSTLY_ORDER else zone.watermarks.min
+    mark = zone.watermarks.low if order > _COSTLY_ORDER else zone.watermarks.min
     if order > zone.max_order or zone.free_frames < zone.reserve + mark + 2 * size:
         return False
     # A zone in which it failed is left alone for a number of calls that doubles with each failure (defer_compaction()).
@@ -85,7 +74,7 @@ def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
 def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) -> bool:
     """Free a block among some frames of the zone, if possible."""
     size = 1 << order
-    used, fixed = _used_and_fixed(parts, start, end, order)
+    used, fixed = used_and_fixed(parts, start, end, order)
     blocks = np.flatnonzero((fixed.reshape(-1, size).sum(axis=1) == 0) & used.reshape(-1, size).any(axis=1))
     parts.clock.spend("compact_frame", end - start)
     parts.counters.count("compact_migrate_scanned", int(used.sum()))
@@ -96,7 +85,7 @@ def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) ->
     return False
 
 
-def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which frames are in use, and which of them cannot be moved: bool each, shape (end - start,)."""
     memory = parts.memory
     frames = np.arange(start, end)
@@ -105,32 +94,18 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
     used: NDArray[np.bool_] = (flags & Fl.ALLOCATED) != 0
     sizes = np.left_shift(1, memory.order[heads].astype(np.int64))
     explained = parts.rmap.mapcounts(frames, heads) + sizes * ((flags & Fl.SWAPCACHE) != 0)
-    explained += (flags & Fl.OWNED) != 0
+    # A folio in a batch gets on its list when compaction begins.
+    waiting = np.isin(heads, parts.lru.waiting)
+    explained += ((flags & Fl.OWNED) != 0) + waiting.astype(np.int64)
     fixed = used & (
-        ((flags & (Fl.LRU | Fl.LOCKED)) != Fl.LRU)
+        (((flags & Fl.LRU) == 0) & ~waiting)
+        | ((flags & Fl.LOCKED) != 0)
         | (explained != memory.refcount[heads])
         | ((memory.flags[frames] & Fl.POISONED) != 0)
         # Moving a folio as large as the block takes a free block as large: nothing is gained.
         | (memory.order[heads] >= order)
     )
     return used, fixed
-
-
-def memory_blocks(parts: Parts) -> MemoryBlocks:
-    """Return the machine's memory in blocks of the PMD order.
-
-    Nothing moves in a block with a page that stays, because compaction skips it here. It finds every free page.
-    """
-    zones, order = parts.memory.zones, parts.geometry.pmd_order
-    pages, numbers = [], []
-    for zone in zones:
-        used, fixed = (bits.reshape(-1, 1 << order) for bits in _used_and_fixed(parts, zone.start, zone.end, order))
-        fixed |= used & fixed.any(axis=1, keepdims=True)
-        pages.append(np.select([~used, fixed], [FREE, STAYS], MOVES).astype(np.int8))
-        numbers.append(np.arange(zone.start >> order, zone.end >> order))
-    zone_of = np.repeat(np.arange(len(zones), dtype=np.int8), [len(part) for part in numbers])
-    joined = np.concatenate(numbers)
-    return MemoryBlocks(order, joined, zone_of, np.concatenate(pages), parts.memory.unmovable[joined], stride=1)
 
 
 def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
