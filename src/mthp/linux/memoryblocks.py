@@ -12,6 +12,8 @@ Pinned pages look like others, and are counted as movable.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,15 @@ class MemoryBlockReader(FrameWords):
 
     Args:
         pmd_order: the PMD order; compaction moves no folio as large as this (skip_isolation_on_order()).
+        release: of the kernel; that of this machine if not given.
 
     Raises:
         OSError: kpageflags cannot be opened: it takes root and CAP_SYS_ADMIN.
     """
 
-    def __init__(self, pmd_order: int, path: str = KPAGEFLAGS) -> None:
+    def __init__(self, pmd_order: int, path: str = KPAGEFLAGS, release: str = "") -> None:
         super().__init__(path)
+        self._moves_folios = _moves_folios(release or os.uname().release)
         self._order = pmd_order
         self._types = Path(path).with_name("pagetypeinfo")
 
@@ -76,8 +80,10 @@ class MemoryBlockReader(FrameWords):
         moves = ((words & _MOVABLE) != 0) & ((words & _KERNEL) == 0)
         tails = (words & _TAIL) != 0
         moves[tails[:, 1:].all(axis=1)] = False
+        folios = _folios(tails)
+        moves &= (folios == 0) | self._moves_folios
         kinds = np.select([(words & _FREE) != 0, moves, words == 0], [FREE, MOVES, UNKNOWN], STAYS)
-        return kinds.astype(np.int8), _folios(tails)
+        return kinds.astype(np.int8), folios
 
     def _closed(self, zone: NDArray[np.int8], pages: NDArray[np.int8], weight: int) -> NDArray[np.bool_]:
         """Return the blocks to which compaction moves nothing: bool, shape (blocks,).
@@ -103,6 +109,12 @@ class MemoryBlockReader(FrameWords):
             rows = rows[np.lexsort((-by_order[rows].sum(axis=1), moves[rows] > 0))]
             closed[rows[_fitting(by_order[rows], counts, weight)]] = True
         return closed
+
+
+def _moves_folios(release: str) -> bool:
+    """Return whether compaction moves large folios (Linux kernel commit 733aea0b3a7b, in v6.9)."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is None or (int(found[1]), int(found[2])) >= (6, 9)
 
 
 def _folios(tails: NDArray[np.bool_]) -> NDArray[np.int8]:
@@ -158,11 +170,11 @@ def _free_blocks(free: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def memory_blocks(
-    free: FreeMemory, pmd_order: int, *, most: int = MOST_FRAMES, path: str = KPAGEFLAGS
+    free: FreeMemory, pmd_order: int, *, most: int = MOST_FRAMES, path: str = KPAGEFLAGS, release: str = ""
 ) -> MemoryBlocks | None:
     """Return the blocks of the PMD order in the zones of `free`; None without the rights."""
     try:
-        reader = MemoryBlockReader(pmd_order, path)
+        reader = MemoryBlockReader(pmd_order, path, release)
     except OSError:
         return None
     with reader:

@@ -48,6 +48,15 @@ def test_pages_are_free_move_stay_or_are_unknown(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("release", "kind"), [("6.1.0-40-amd64", STAYS), ("6.8.12", STAYS), ("6.9.1", MOVES), ("7.3", MOVES), ("?", MOVES)]
+)
+def test_large_folios_move_in_linux_6_9_and_later(tmp_path: Path, release: str, kind: int) -> None:
+    blocks = memory_blocks(MEMORY, PMD_ORDER, path=flags(tmp_path), release=release)
+    assert blocks is not None
+    assert blocks.pages[2].tolist() == [kind] * 4 + [FREE] * 2 + [UNKNOWN] * 2
+
+
 @pytest.mark.parametrize("flag", [abi.KPF_SLAB, abi.KPF_PGTABLE, abi.KPF_HUGE])
 def test_pages_of_the_kernel_stay_although_they_look_like_those_of_programs(tmp_path: Path, flag: int) -> None:
     path = Path(flags(tmp_path))
