@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import mmap
 import os
 import random
 import subprocess
@@ -224,12 +225,22 @@ def background_threads() -> Iterator[Path]:
                 yield process
 
 
+def flush_lists(space: LiveAddressSpace) -> None:
+    """Have the pages leave the lists of processors, in which a block that was just emptied is not free yet."""
+    free = space.free_memory()
+    assert free is not None
+    # The oldest pages leave a list first, and those that are freed next push them out.
+    with mmap.mmap(-1, 2 * (free.listed + free.unlisted) * PAGE_SIZE) as memory:
+        memory[::PAGE_SIZE] = bytes(len(memory) // PAGE_SIZE)
+
+
 def collapsed(space: LiveAddressSpace, plan: SpacePlan) -> float:
     """Compact memory and carry out a plan, as often as that makes folios: the coverage then."""
     made = -1
     while made:
         settle()
         Path("/proc/sys/vm/compact_memory").write_text("1")
+        flush_lists(space)
         made = carry_out(space, plan, MEANS).tally(PMD_ORDER).made
     return measure(space, space.vmas()).now.share(PMD_ORDER)
 
