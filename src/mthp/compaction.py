@@ -7,13 +7,14 @@ they meet (compact_zone(), mm/compaction.c). Therefore
 - free pages beside a page that stays are used above the meeting point, and lost below it;
 - what the scanner of free pages overlooks keeps the meeting point low.
 
-That scanner begins with every page of a block. After a block without any free page it looks at half as many pages of
-the next, down to every 32nd (isolate_freepages(); Linux kernel commit 4fca9730c51d, in v5.1). It takes a free block of
-the buddy allocator only if it looks at its first page. It goes over a large folio at once, and from its last page on by
-the same stride; so free blocks behind folios of 64 KiB are out of its sight (isolate_freepages_block()).
+That scanner begins with every page of a block. After a block in which it finds nothing it looks at half as many pages
+of the next, down to every 32nd (isolate_freepages(); Linux kernel commit 4fca9730c51d, in v5.1). It takes a free block
+of the buddy allocator only if it looks at its first page. It goes over a large folio at once, and from its last page on
+by the same stride; so it overlooks most of what is free between folios of 64 KiB (isolate_freepages_block()).
 
-A large folio moves to a free block of its order. If there is none it is split, and the shared page of zeroes takes the
-place of pages with zeroes (compaction_alloc(); migrate_pages_batch(), mm/migrate.c). This is so in Linux 6.9 and later.
+A large folio moves to the first of the smallest free blocks that hold it. If there is none it is split, and the shared
+page of zeroes takes the place of pages with zeroes (compaction_alloc(); migrate_pages_batch(), mm/migrate.c). Before
+Linux 6.9 large folios do not move, and before 6.12 pages with zeroes stay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ZonePages:
         kind: int8, as in :class:`mthp.freememory.MemoryBlocks`.
         folio: int8, order of the folio that begins with a page, TAIL for its other pages, 0 elsewhere.
         zero: bool, pages with zeroes of trimmed folios.
-        step: int32, step that frees a page; NO_STEP if none does.
+        step: int32, step that frees a page, NO_STEP if none does; or any other number that is to move with a page.
     """
 
     kind: NDArray[np.int8]
@@ -81,17 +82,16 @@ class FreeScanner:
         pages: the pages of a zone.
         order: order of its blocks.
         closed: bool, shape (blocks,): blocks to which nothing is moved.
-        longest: pages from one that it looks at to the next, at most.
     """
 
-    def __init__(self, pages: ZonePages, order: int, closed: NDArray[np.bool_], longest: int) -> None:
-        self._pages, self._order, self._longest = pages, order, longest
+    def __init__(self, pages: ZonePages, order: int, closed: NDArray[np.bool_]) -> None:
+        self._pages, self._order = pages, order
         free = (pages.kind == FREE).reshape(-1, 1 << order).sum(axis=1)
         # Nothing is moved to blocks that are free already (suitable_migration_target()).
         self._open: list[bool] = (~closed & (free < 1 << order)).tolist()
-        self._some: list[bool] = (free > 0).tolist()
-        self._found: list[deque[int]] = [deque() for _ in range(order + 1)]
-        self._number = 0
+        self._with_free: list[bool] = (free > 0).tolist()
+        self._lists: list[deque[int]] = [deque() for _ in range(order + 1)]
+        self._listed = 0
         self.block, self._at = len(free) - 1, 0
         self._chunks: tuple[int, NDArray[np.int16]] = (-1, np.empty(0, np.int16))
 
@@ -104,16 +104,16 @@ class FreeScanner:
         """
         parts, left = [np.empty(0, np.int64)], count
         while left:
-            order = next((order for order, found in enumerate(self._found) if found), None)
+            order = next((order for order, found in enumerate(self._lists) if found), None)
             if order is None:
                 self._search(lowest, wanted - (count - left))
-                if not self._number:
+                if not self._listed:
                     break
                 continue
-            found = self._found[order]
+            found = self._lists[order]
             heads = [found.popleft() for _ in range(min(len(found), -(-left >> order)))]
             pages = (np.array(heads, np.int64)[:, None] + np.arange(1 << order)).reshape(-1)
-            self._number -= len(pages)
+            self._listed -= len(pages)
             if len(pages) > left:
                 self._give_back(heads[-1] + (1 << order) - (len(pages) - left), heads[-1] + (1 << order))
             parts.append(pages[:left])
@@ -123,10 +123,10 @@ class FreeScanner:
     def take_folio(self, order: int, lowest: int, wanted: int) -> int | None:
         """Take a free block of `order`, and return the index of its first page; None if there is none."""
         for searched in (False, True):
-            larger = next((larger for larger in range(order, self._order + 1) if self._found[larger]), None)
+            larger = next((larger for larger in range(order, self._order + 1) if self._lists[larger]), None)
             if larger is not None:
-                head = self._found[larger].popleft()
-                self._number -= 1 << larger
+                head = self._lists[larger].popleft()
+                self._listed -= 1 << larger
                 self._give_back(head + (1 << order), head + (1 << larger))
                 return head
             if not searched:
@@ -134,33 +134,33 @@ class FreeScanner:
         return None
 
     def _give_back(self, start: int, end: int) -> None:
-        """Put the rest of a free block before the others that were found."""
-        pieces = []
+        """Put the rest of a free block into the lists of smaller ones, which are empty."""
         while start < end:
             # The largest aligned block; the end of the rest is aligned to a larger one.
             order = (start & -start).bit_length() - 1
-            pieces.append((order, start))
+            self._lists[order].append(start)
+            self._listed += 1 << order
             start += 1 << order
-        for order, head in pieces:
-            self._found[order].appendleft(head)
-            self._number += 1 << order
 
     def _search(self, lowest: int, wanted: int) -> None:
-        """Search for free pages until `wanted` are found, in blocks down to `lowest` (isolate_freepages())."""
+        """Search blocks down to `lowest` for free pages, until `wanted` are listed (isolate_freepages()).
+
+        If as many are listed before, one more free block is looked for, in one block.
+        """
         stride = 1
         while self.block >= lowest:
             if not self._open[self.block]:
                 self._leave()
                 continue
-            before = self._number
-            end = self._search_block(stride, wanted) if self._some[self.block] else 1 << self._order
+            before = self._listed
+            end = self._search_block(stride, wanted) if self._with_free[self.block] else 1 << self._order
             if end == 1 << self._order:
                 self._leave()
             else:
                 self._at = end
-            if self._number >= wanted:
+            if self._listed >= wanted:
                 break
-            stride = 1 if self._number > before else min(2 * stride, self._longest)
+            stride = 1 if self._listed > before else min(2 * stride, CLUSTER)
 
     def _leave(self) -> None:
         self.block, self._at = self.block - 1, 0
@@ -172,18 +172,18 @@ class FreeScanner:
         if stride == 1:
             heads = at + np.flatnonzero(chunks[at:])
             sizes = chunks[heads]
-            sums = self._number + np.cumsum(sizes)
-            some = int(np.searchsorted(sums, wanted)) + 1
-            for head, count in zip(heads[:some].tolist(), sizes[:some].tolist(), strict=True):
-                self._add(base + head, count)
-            return int(heads[some - 1] + sizes[some - 1]) if some <= len(heads) else size
+            sums = self._listed + np.cumsum(sizes)
+            count = int(np.searchsorted(sums, wanted)) + 1
+            for head, length in zip(heads[:count].tolist(), sizes[:count].tolist(), strict=True):
+                self._add(base + head, length)
+            return int(heads[count - 1] + sizes[count - 1]) if count <= len(heads) else size
         folios: list[int] = self._pages.folio[base : base + size].tolist()
         sizes_here: list[int] = chunks.tolist()
         while at < size:
             if count := sizes_here[at]:
                 self._add(base + at, count)
                 at += count
-                if self._number >= wanted:
+                if self._listed >= wanted:
                     return at
                 at += stride - 1
                 continue
@@ -193,8 +193,8 @@ class FreeScanner:
         return size
 
     def _add(self, head: int, count: int) -> None:
-        self._found[count.bit_length() - 1].append(head)
-        self._number += count
+        self._lists[count.bit_length() - 1].append(head)
+        self._listed += count
 
     def _chunks_of(self, block: int) -> NDArray[np.int16]:
         """Return the size of the free block that begins at each page of a block; 0 elsewhere."""
@@ -221,20 +221,19 @@ def _chunks(free: NDArray[np.bool_]) -> NDArray[np.int16]:
     return chunks
 
 
-def compact(pages: ZonePages, order: int, closed: NDArray[np.bool_], longest: int = CLUSTER) -> list[int]:
+def compact(pages: ZonePages, order: int, closed: NDArray[np.bool_]) -> list[int]:
     """Compact a zone once: move pages up until the scanners meet.
 
     Args:
-        pages, order, closed, longest: as those of :class:`FreeScanner`.
+        pages, order, closed: as those of :class:`FreeScanner`.
 
     Returns:
         Indexes of the first pages of the folios that were split.
     """
-    movers, blocks = _Movers(pages, order, FreeScanner(pages, order, closed, longest)), len(closed)
+    movers = _Movers(pages, order, FreeScanner(pages, order, closed))
     moves = (pages.kind == MOVES) & (pages.folio != TAIL)
-    for block in np.flatnonzero(moves.reshape(blocks, -1).any(axis=1)).tolist():
-        if not movers.empty(block):
-            break
+    for block in np.flatnonzero(moves.reshape(-1, 1 << order).any(axis=1)).tolist():
+        movers.empty(block)
     return movers.split
 
 
@@ -249,32 +248,26 @@ class _Movers:
         self._pages, self._order, self._free = pages, order, free
         self.split: list[int] = []
 
-    def empty(self, block: int) -> bool:
-        """Move the pages of a block; return False if free pages were missing, or the scanners met.
+    def empty(self, block: int) -> None:
+        """Move the pages of a block, unless the scanners have met.
 
-        After the first pages the rest of a block is emptied at once (finish_pageblock in compact_zone()).
+        After the first pages the rest of the block is emptied at once (finish_pageblock in compact_zone()).
         """
-        if self._free.block <= block:
-            return False
         start, end = block << self._order, block + 1 << self._order
-        part = self._pages[slice(start, end)]
-        heads = np.flatnonzero((part.kind == MOVES) & (part.folio != TAIL))
-        orders = part.folio[heads].astype(np.int64)
-        sums = np.cumsum(np.int64(1) << orders)
-        first = int(np.searchsorted(sums, CLUSTER)) + 1
+        pages = self._pages[slice(start, end)]
+        heads = np.flatnonzero((pages.kind == MOVES) & (pages.folio != TAIL))
+        orders = pages.folio[heads].astype(np.int64)
+        first = int(np.searchsorted(np.cumsum(np.int64(1) << orders), CLUSTER)) + 1
         heads += start
-        if first > len(heads) or (heads[-1] + (1 << orders[-1]) == end and first == len(heads)):
-            # The scanner of pages to move is at the next block then.
-            return self._migrate(heads, orders, block + 2)
-        if not self._migrate(heads[:first], orders[:first], block + 1):
-            return False
-        # At the end of the block the scanners may meet.
-        if first == len(heads):
-            return True
-        return self._free.block > block and self._migrate(heads[first:], orders[first:], block + 2)
+        for part, at_end in (slice(first), first > len(heads)), (slice(first, None), True):
+            some, of = heads[part], orders[part]
+            if len(some) and self._free.block > block:
+                # At the end of the block the scanner is at the next one. Nothing is moved to the block where it is.
+                is_at_next = at_end or some[-1] + (1 << of[-1]) == end
+                self._migrate(some, of, block + (2 if is_at_next else 1))
 
-    def _migrate(self, heads: Indexes, orders: Indexes, lowest: int) -> bool:
-        """Move folios; return False if free pages were missing.
+    def _migrate(self, heads: Indexes, orders: Indexes, lowest: int) -> None:
+        """Move folios, as long as there are free pages.
 
         Args:
             heads, orders: int64, shape (folios,): first page and order of each, ascending.
@@ -301,8 +294,7 @@ class _Movers:
             self._pages.move(run[: len(targets)], targets)
             left -= len(targets)
             if len(targets) < len(run):
-                return False
+                return
         pages = np.concatenate(rest)
         targets = self._free.take_pages(len(pages), lowest, left)
         self._pages.move(pages[: len(targets)], targets)
-        return True

@@ -178,7 +178,12 @@ class OnlyFree(LiveAddressSpace):
     """A space that is collapsed only while a block is free.
 
     An allocation that finds none compacts by itself, and wakes kcompactd. Neither is predicted.
+
+    Attributes:
+        goes_on: whether other blocks are tried after one for which none was free.
     """
+
+    goes_on, ended = False, False
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         outcomes = []
@@ -186,9 +191,10 @@ class OnlyFree(LiveAddressSpace):
             free = self.free_memory()
             assert free is not None
             zones = (FreeMemory((zone,)) for zone in free.zones)
-            if any(zone.folios(PMD_ORDER) and zone.spare >= 1 << PMD_ORDER for zone in zones):
+            if not self.ended and any(zone.folios(PMD_ORDER) and zone.spare >= 1 << PMD_ORDER for zone in zones):
                 outcomes += super().attempt_blocks([block], means, before)
             else:
+                self.ended = not self.goes_on
                 outcomes.append(BlockOutcome(*block, ScanResult.ALLOC_HUGE_PAGE_FAIL))
         return outcomes
 
@@ -234,9 +240,9 @@ def flush_lists(space: LiveAddressSpace) -> None:
         memory[::PAGE_SIZE] = bytes(len(memory) // PAGE_SIZE)
 
 
-def collapsed(space: LiveAddressSpace, plan: SpacePlan) -> float:
+def collapsed(space: OnlyFree, plan: SpacePlan) -> float:
     """Compact memory and carry out a plan, as often as that makes folios: the coverage then."""
-    made = -1
+    space.goes_on, space.ended, made = True, False, -1
     while made:
         settle()
         Path("/proc/sys/vm/compact_memory").write_text("1")

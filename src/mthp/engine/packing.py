@@ -77,6 +77,9 @@ class Shape:
 class Packing:
     """A machine's memory, which a plan and compaction change.
 
+    Attributes:
+        compacted: whether it was compacted.
+
     Args:
         free: the free memory of the machine.
         blocks: its memory in blocks of the PMD order.
@@ -85,7 +88,7 @@ class Packing:
     """
 
     def __init__(self, free: FreeMemory, blocks: MemoryBlocks, own: Freed, trimmed: Trimmed | None = None) -> None:
-        self._zones, self._blocks, self._made = free.zones, blocks, 0
+        self._zones, self._blocks, self._made, self.compacted = free.zones, blocks, 0, False
         self._kinds = np.where(blocks.pages == UNKNOWN, STAYS, blocks.pages).astype(np.int8)
         listed = _listed(free, blocks)[:, None] & (blocks.pages == UNKNOWN)
         self._kinds[listed] = FREE
@@ -114,32 +117,33 @@ class Packing:
     @property
     def broken(self) -> float:
         """Share of the folios below the PMD order that compaction split after they were made."""
-        left = int(((self._pages.step == _MADE) & (self._pages.folio > 0)).sum())
+        small = (self._pages.folio > 0) & (self._pages.folio < self._blocks.order)
+        left = int((small & (self._pages.step == _MADE)).sum())
         return 1 - left / self._made if self._made else 0.0
 
-    def make(self, shape: Shape, steps: NDArray[np.intp], most: int, at_once: int) -> int:
+    def make(self, shape: Shape, steps: NDArray[np.intp], at_once: int) -> int:
         """Make folios of blocks; return the number of blocks that can be taken.
 
         Args:
             shape: of each block.
             steps: the steps that take them, in their order.
-            most: the most to be taken.
             at_once: the most that can be taken before the first compaction.
         """
-        made = compactions = 0
-        while made < most:
+        made = rounds = 0
+        while made < len(steps):
             able = self._able(shape.order)
-            if number := min(sum(able), most - made, at_once):
+            bound = len(steps) if self.compacted else min(len(steps), at_once)
+            if number := min(sum(able), bound - made):
                 self._take(shape, number, able)
                 self._release(steps[made : made + number])
                 made += number
-                if number == at_once:
-                    break
                 continue
-            at_once = most
-            compactions += 1
+            if made >= bound:
+                break
+            rounds += 1
+            self.compacted = True
             self._compact()
-            if compactions > MOST_COMPACTIONS or not sum(self._able(shape.order)):
+            if rounds > MOST_COMPACTIONS or not sum(self._able(shape.order)):
                 break
         return made
 

@@ -86,12 +86,10 @@ def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int
         stops = _stops(steps, supply, done, rows, order)
         count = _count(stops)
         if supply.packing is not None and count:
-            at_once = _at_once(supply, 1 << order)
-            shape = Shape(order, int(steps.folio[rows].min()), int(steps.holes[rows].mean()))
-            made = supply.packing.make(shape, rows, count, at_once)
+            made = _made(steps, supply.packing, rows[:count], _at_once(supply, 1 << order))
             if made < count:
                 count = made
-                stops[made] = _LIMITS.index(Limit.ROOM if made == at_once else Limit.FOLIOS)
+                stops[made] = _LIMITS.index(Limit.FOLIOS if supply.packing.compacted else Limit.ROOM)
         done[rows[:count]] = True
         limits[order] = Limit.NOTHING if count == len(rows) else _LIMITS[int(stops[count])]
     return done, limits
@@ -130,6 +128,23 @@ def _stops(
     if supply.room is not None:
         stops[supply.room - grown - (hidden if supply.room_of_machine else 0) < size] = _LIMITS.index(Limit.ROOM)
     return stops
+
+
+def _made(steps: Steps, packing: Packing, rows: NDArray[np.intp], at_once: int) -> int:
+    """Return how many steps, which take blocks of one order, memory allows.
+
+    Args:
+        at_once: the most before the first compaction.
+    """
+    made = 0
+    # Blocks that become folios of another order are taken after the others.
+    for run in np.split(rows, np.flatnonzero(np.diff(steps.folio[rows])) + 1):
+        shape = Shape(int(steps.order[run[0]]), int(steps.folio[run[0]]), int(steps.holes[run].mean()))
+        number = packing.make(shape, run, at_once - made)
+        made += number
+        if number < len(run):
+            break
+    return made
 
 
 def _at_once(supply: Supply, size: int) -> int:

@@ -303,6 +303,8 @@ def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
     none = np.empty(0, np.bool_)
     frames, freed, folios, zeroes = [none.astype(np.int64)], [none], [none.astype(np.int8)], [none]
     for head, (_, zero) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
+        if not head:
+            continue
         left = in_use(zero, page_size) if by == "split" else np.zeros(len(zero), np.int8)
         first = np.arange(len(zero)) % (np.int64(1) << left.astype(np.int64)) == 0
         frames.append(head + np.arange(len(zero)))

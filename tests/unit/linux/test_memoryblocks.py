@@ -119,6 +119,15 @@ def test_compaction_moves_nothing_to_blocks_whose_free_pages_are_of_another_type
             {"Unmovable": "2 0 0 0", "Reclaimable": "0 1 0 0"},
             [],
         ),
+        # Blocks of programs and free pages alone are open.
+        ([BUDDY] * 2 + [USED] * 6, [KERNEL] * 8, {"Unmovable": "0 1 0 0"}, []),
+        # Of two types, the first block takes the one that it explains best; the other explains the second.
+        (
+            [BUDDY, KERNEL] * 2 + [KERNEL] * 4,
+            [BUDDY, KERNEL] + [BUDDY] * 2 + [KERNEL] * 4,
+            {"Unmovable": "2 1 0 0", "Reclaimable": "2 0 0 0"},
+            [0, 1],
+        ),
     ],
 )
 def test_closed_blocks_are_those_that_explain_the_free_blocks_of_a_type(
@@ -131,6 +140,18 @@ def test_closed_blocks_are_those_that_explain_the_free_blocks_of_a_type(
     blocks = memory_blocks(FreeMemory((FreeZone((), 0, frames=(0, 32)),)), PMD_ORDER, path=str(path))
     assert blocks is not None
     assert np.flatnonzero(blocks.closed).tolist() == closed
+
+
+def test_each_zone_has_its_own_free_blocks_and_a_sample_its_share(tmp_path: Path) -> None:
+    path = Path(flags(tmp_path))
+    path.write_bytes(np.array([*[BUDDY] * 2, *[KERNEL] * 6] * 4, np.uint64).tobytes())
+    text = "Node    0, zone  DMA, type Unmovable 0 0 0 0\nNode    0, zone  Normal, type Unmovable 0 {} 0 0\n"
+    zones = FreeMemory((FreeZone((), 0, frames=(0, 8)), FreeZone((), 0, frames=(8, 32))))
+    for count, most, closed in ((1, 32, [1]), (1, 16, []), (2, 16, [1])):
+        (tmp_path / "pagetypeinfo").write_text(text.format(count))
+        blocks = memory_blocks(zones, PMD_ORDER, most=most, path=str(path))
+        assert blocks is not None
+        assert (np.flatnonzero(blocks.closed).tolist(), blocks.weight) == (closed, 1 if most == 32 else 2)
 
 
 def test_without_types_blocks_without_pages_that_move_are_taken_for_such(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def compact_all(parts: Parts) -> None:
         # It goes over the whole zone, and compaction for an allocation begins there again (whole_zone).
         zone.compaction = Compaction(zone.start)
         # Free pages are not isolated below the watermark (__isolate_free_page(), mm/page_alloc.c).
-        if zone.free_frames > zone.reserve + zone.watermarks.min:
+        if zone.free_frames > zone.watermarks.min:
             _compact(parts, zone)
 
 
@@ -53,7 +53,7 @@ def _compact(parts: Parts, zone: Zone) -> None:
     """Let the scanners go over a zone, then split and move what they found."""
     memory, order = parts.memory, parts.geometry.pmd_order
     kinds, folios = _pages(parts, zone)
-    zero = (folios != 0) & (memory.content[zone.start : zone.end] == ZERO_CONTENT)
+    zero = memory.content[zone.start : zone.end] == ZERO_CONTENT
     # In place of a step, where each page was.
     pages = ZonePages(kinds, folios, zero, np.arange(len(kinds), dtype=np.int32))
     split = compact(pages, order, memory.unmovable[zone.start >> order : zone.end >> order])
