@@ -121,7 +121,10 @@ class FreeScanner:
         return np.concatenate(parts)
 
     def take_folio(self, order: int, lowest: int, wanted: int) -> int | None:
-        """Take a free block of `order`, and return the index of its first page; None if there is none."""
+        """Take a free block of `order`, and return the index of its first page; None if there is none.
+
+        `lowest` and `wanted` are those of :meth:`take_pages`.
+        """
         for searched in (False, True):
             larger = next((larger for larger in range(order, self._order + 1) if self._lists[larger]), None)
             if larger is not None:

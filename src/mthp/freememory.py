@@ -120,7 +120,7 @@ class MemoryBlocks:
         pages: int8, shape (blocks, 1 << order): kind of each page.
         folios: int8, shape (blocks, 1 << order): order of the folio that begins with each page, TAIL for its other
             pages.
-        closed: bool, shape (blocks,): compaction moves no pages to it, because its migrate type is not Movable
+        closed: bool, shape (blocks,): compaction moves no pages to it, because its migrate type is not Movable or CMA
             (suitable_migration_target(), mm/compaction.c).
         weight: blocks of the machine that each stands for.
     """

@@ -72,8 +72,6 @@ class PageByPage:
             folio = int(self.pages.folio[at])
             if folio > 0 and at + (1 << folio) <= end:
                 at += (1 << folio) - 1
-            elif folio == TAIL:
-                pass
             elif at in self.buddies:
                 of = self.buddies.pop(at)
                 self.lists[of].append(at)

@@ -189,7 +189,7 @@ class Packing:
         step = self._pages.step
         chosen = np.zeros(max(int(step.max(initial=0)), int(steps.max(initial=0))) + 3, np.bool_)
         chosen[steps] = True
-        # The last two are those of `NO_STEP` and `_MADE`.
+        # `NO_STEP` and `_MADE` are indexes of the last two, which no step has.
         freed = np.flatnonzero(chosen[step])
         self._pages.kind[freed], self._pages.folio[freed], step[freed] = FREE, 0, NO_STEP
 

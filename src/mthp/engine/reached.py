@@ -65,7 +65,7 @@ class Reach:
 
     Attributes:
         now: at this moment, with the folios that are free.
-        compacted: with compaction of movable memory when folios are needed, as MADV_COLLAPSE does.
+        compacted: with compaction of all memory (``/proc/sys/vm/compact_memory``) whenever no free folio is left.
         trimmed: as `compacted`, after zeroes in large folios that the plan leaves alone were given back.
     """
 
@@ -304,6 +304,7 @@ def _trimmed(space: AddressSpace, trim: TrimPlan) -> Trimmed:
     frames, freed, folios, zeroes = [none.astype(np.int64)], [none], [none.astype(np.int8)], [none]
     for head, (_, zero) in zip([] if pfn is None else pfn.tolist(), chosen, strict=False):
         if not head:
+            # It was unmapped since.
             continue
         left = in_use(zero, page_size) if by == "split" else np.zeros(len(zero), np.int8)
         first = np.arange(len(zero)) % (np.int64(1) << left.astype(np.int64)) == 0

@@ -4,7 +4,7 @@ A page that compaction cannot move keeps its block from becoming one folio, howe
 type of the block does not show this: once memory was short, the kernel's own pages lie in blocks of the type Movable
 as well (__rmqueue_steal(), mm/page_alloc.c). ``/proc/kpageflags`` shows it page by page.
 
-But compaction moves pages to blocks of the type Movable alone. The type of a block is not visible, but
+But compaction moves pages to blocks of the types Movable and CMA alone. The type of a block is not visible, but
 ``/proc/pagetypeinfo`` counts the free blocks of each type by order: those of a block of another type are among them.
 
 Pinned pages look like others, and are counted as movable.
@@ -31,7 +31,7 @@ some seconds."""
 # Anonymous pages that wait for their place in the LRU lists are put there when compaction begins (lru_add_drain() in
 # compact_zone(), mm/compaction.c). Before Linux 6.16 only KPF_THP marks the tails of a folio of a file.
 _MOVABLE = np.uint64(abi.KPF_LRU | abi.KPF_ANON | abi.KPF_THP)
-# The kernel keeps other things in the same word of these, of which KPF_ANON is told (Linux 6.12 and 6.18).
+# Of these the kernel has other data where it looks for KPF_ANON (seen in Linux 6.12 and 6.18).
 _KERNEL = np.uint64(abi.KPF_SLAB | abi.KPF_PGTABLE | abi.KPF_HUGE)
 _FREE = np.uint64(abi.KPF_BUDDY)
 _TAIL = np.uint64(abi.KPF_COMPOUND_TAIL)

@@ -52,3 +52,13 @@ def test_compaction_of_all_memory_follows_the_scanners(seed: int) -> None:
     assert np.array_equal(after.pages.reshape(-1) == FREE, kind == FREE)
     assert np.array_equal(after.folios.reshape(-1), folio)
     assert (kind == MOVES).any()
+
+
+def test_below_the_watermark_nothing_is_moved() -> None:
+    moved = []
+    for kept in 0, 4096:
+        machine = fragmented(0)
+        machine.sysfs.write("/proc/sys/vm/min_free_kbytes", str(kept))
+        machine.sysfs.write("/proc/sys/vm/compact_memory", "1")
+        moved.append(machine.counters["pgmigrate_success"] > 0)
+    assert moved == [True, False]
